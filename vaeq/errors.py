@@ -1,0 +1,30 @@
+"""Errors a user meets: one calm sentence naming the field, the value, the range and the remedy."""
+
+from __future__ import annotations
+
+
+class VaeqError(Exception):
+    """A failure that is not our bug; the command line prints it without a traceback."""
+
+
+class InputError(VaeqError, ValueError):
+    """A value, a file or an array that cannot be used as given."""
+
+
+class TrainingDiverged(VaeqError):
+    """The training loss stopped being a finite number."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(
+            f"the training loss is not finite in epoch {epoch}; "
+            "lower learning_rate, or raise kl_warmup_epochs"
+        )
+        self.epoch = epoch
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Text from a file made safe to print: one line, no control characters, no lone surrogates."""
+    text = " ".join(text.split())
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
