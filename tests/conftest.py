@@ -1,0 +1,88 @@
+"""Shared by the tests: small real MNIST, small configs, and the program as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vaeq.config import DataConfig, MeasureConfig, RunConfig
+from vaeq.data import Images, load_images
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # A second OpenMP thread that is not scheduled stalls every step.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mnist() -> Images:
+    """All of MNIST, once."""
+    return load_images()
+
+
+@pytest.fixture(scope="session")
+def small(mnist: Images) -> Images:
+    """Real digits, few of them."""
+    return replace(
+        mnist,
+        train=mnist.train[:600],
+        train_labels=mnist.train_labels[:600],
+        test=mnist.test[:200],
+        test_labels=mnist.test_labels[:200],
+    )
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> RunConfig:
+    """A run of a second."""
+    return RunConfig(
+        encoder_depth=1,
+        encoder_width=16,
+        decoder_depth=1,
+        decoder_width=16,
+        epochs=2,
+        outputs=str(tmp_path / "outputs"),
+        device="cpu",
+        data=DataConfig(n_train=600, n_test=200),
+        measure=MeasureConfig(panel="decomposition", n_samples=200),
+    )
+
+
+# The overrides that make the smoke preset smaller still.
+TINY = (
+    "experiment=smoke",
+    "encoder_width=16",
+    "decoder_width=16",
+    "data.n_train=600",
+    "data.n_test=200",
+    "measure.panel=decomposition",
+    "measure.n_samples=200",
+)
+
+
+@pytest.fixture
+def vaeq(tmp_path: Path) -> Run:
+    """Run the program in an empty folder, without a terminal."""
+
+    def run(*words: str, check: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "vaeq", *words],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+            capture_output=True,
+            text=True,
+            check=check,
+            timeout=300,
+        )
+
+    return run

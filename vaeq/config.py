@@ -1,0 +1,298 @@
+"""What a run is: every setting with its unit, range and meaning, checked once at the edge.
+
+The dataclasses below are the schema of the YAML files in ``configs/`` (Hydra structured configs)
+and the typed objects the rest of the code receives. A field declares its own range, so the error
+message, the ``--help`` text and the check cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from vaeq.errors import InputError
+
+# Part of every run's hash: raise it when the same settings no longer give the same numbers.
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a setting may hold: the words of its help line and of its error message."""
+
+    help: str
+    unit: str = ""
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    pattern: str = ""
+    pattern_words: str = ""
+    # Does the value change the numbers of a run? Only such settings enter its hash.
+    science: bool = True
+
+    def range_words(self, type_name: str) -> str:
+        """``an integer >= 1``, ``a number > 0``, ``one of relu, tanh``."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.pattern_words:
+            return self.pattern_words
+        optional = "None" in type_name
+        if "int" in type_name:
+            words = "an integer"
+        elif "float" in type_name:
+            words = "a number"
+        elif "bool" in type_name:
+            words = "true or false"
+        else:
+            words = "text"
+        if self.low is not None and self.high is not None:
+            words += f" between {self.low:g} and {self.high:.10g}"
+        elif self.low is not None:
+            words += f" >= {self.low:g}"
+        elif self.above is not None:
+            words += f" > {self.above:g}"
+            if self.high is not None:
+                words += f" and <= {self.high:g}"
+        return words + (", or null" if optional else "")
+
+    def accepts(self, value: Any) -> bool:
+        """True if a value of the right type is in range; NaN and infinity never are."""
+        if self.choices:
+            return value in self.choices
+        if self.pattern:
+            return re.fullmatch(self.pattern, str(value)) is not None
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return (
+                math.isfinite(value)
+                and (self.low is None or value >= self.low)
+                and (self.above is None or value > self.above)
+                and (self.high is None or value <= self.high)
+            )
+        return True
+
+
+def key(default: T, help: str, **spec: Any) -> T:
+    """A dataclass field with its default, range and meaning."""
+    result: T = field(default=default, metadata={"key": Key(help, **spec)})
+    return result
+
+
+def check(config: Any, prefix: str = "") -> None:
+    """Raise InputError for the first field of a config dataclass that is out of its range."""
+    for item in dataclasses.fields(config):
+        spec = item.metadata.get("key")
+        value = getattr(config, item.name)
+        if spec is None or (value is None and "None" in str(item.type)):
+            continue
+        if not spec.accepts(value):
+            raise InputError(out_of_range(prefix + item.name, spec, str(item.type), value))
+
+
+def out_of_range(name: str, spec: Key, type_name: str, value: Any) -> str:
+    """The one sentence for a bad value: field, range, value received."""
+    return (
+        f"{name} must be {spec.range_words(type_name)}, got {value if value != '' else repr('')}."
+    )
+
+
+FILE_NAME = r"(?!\.)[A-Za-z0-9_.+-]{1,100}"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how grey levels become Bernoulli observations."""
+
+    name: str = key(
+        "mnist",
+        "data set; mnist ships with vaeq, the others come through torchvision",
+        choices=("mnist", "fashion_mnist", "kmnist"),
+    )
+    root: str | None = key(
+        None,
+        "folder of the data files; null: the packaged MNIST, else ~/.cache/vaeq",
+        science=False,
+    )
+    download: bool = key(False, "let torchvision download a data set it misses", science=False)
+    binarize: str = key(
+        "none",
+        "none: grey levels as Bernoulli means; dynamic: a fresh draw every epoch; static: one draw",
+        choices=("none", "dynamic", "static"),
+    )
+    n_train: int | None = key(None, "use the first n training images; null: all", low=1)
+    n_test: int | None = key(None, "use the first n test images; null: all", low=1)
+
+    def __post_init__(self) -> None:
+        check(self, "data.")
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How closely the aggregated posterior is looked at after training."""
+
+    panel: str = key(
+        "full",
+        "decomposition: the exact decomposition of the KL; full: bracket and two-sample tests too",
+        choices=("decomposition", "full"),
+    )
+    n_samples: int = key(
+        10_000,
+        "Monte Carlo samples of the aggregated posterior",
+        unit="samples",
+        low=2,
+        high=10_000_000,
+    )
+    flow: bool = key(False, "also fit a neural spline flow for the lower bound (needs vaeq[flow])")
+
+    def __post_init__(self) -> None:
+        check(self, "measure.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One VAE: fitted, measured, written to one directory."""
+
+    latent_dim: int = key(2, "dimension of the latent code z", low=1, high=4096)
+    encoder_depth: int = key(2, "hidden layers of the encoder; 0 is linear", low=0, high=64)
+    encoder_width: int = key(500, "units in a hidden encoder layer", low=1, high=65536)
+    decoder_depth: int = key(2, "hidden layers of the decoder; 0 is linear", low=0, high=64)
+    decoder_width: int = key(500, "units in a hidden decoder layer", low=1, high=65536)
+    activation: str = key(
+        "relu",
+        "nonlinearity of the hidden layers",
+        choices=("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh"),
+    )
+    initialization: str = key(
+        "he_glorot",
+        "He before a rectifier, else Glorot; or the uniform default of torch.nn.Linear",
+        choices=("he_glorot", "torch"),
+    )
+    beta: float = key(1.0, "weight of the KL term in the training loss", low=0, high=1e6)
+    kl_warmup_epochs: int = key(0, "epochs over which the KL weight rises to beta", low=0)
+    epochs: int = key(10, "passes over the training images", unit="epochs", low=1, high=1_000_000)
+    batch_size: int = key(128, "images in a gradient step", unit="images", low=1, high=1_000_000)
+    learning_rate: float = key(1e-3, "step size of Adam", above=0, high=10)
+    schedule: str = key("constant", "learning rate over the epochs", choices=("constant", "cosine"))
+    early_stopping: int | None = key(
+        None, "stop after so many epochs without a better held-out ELBO; null: never", low=1
+    )
+    seed: int = key(0, "seed of weights, batches and noise", low=0, high=2**31 - 1)
+    device: str = key(
+        "auto",
+        "auto takes the first GPU, else the CPU",
+        pattern=r"auto|cpu|cuda(:\d+)?",
+        pattern_words="auto, cpu, cuda or cuda:N",
+        science=False,
+    )
+    precision: str = key(
+        "fp32", "arithmetic of the training step; measures are never bf16", choices=("fp32", "bf16")
+    )
+    threads: int | None = key(
+        None,
+        "CPU threads of a run; null: 1 in a sweep, all cores in vaeq train",
+        low=1,
+        high=1024,
+        science=False,
+    )
+    outputs: str = key("outputs", "folder that receives the runs", science=False)
+    experiment: str = key(
+        "default",
+        "preset from configs/experiment; also the sub-folder of outputs",
+        pattern=FILE_NAME,
+        pattern_words="a plain folder name of letters, digits, '_', '.', '+' and '-'",
+        science=False,
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.kl_warmup_epochs > self.epochs:
+            raise InputError(
+                f"kl_warmup_epochs must be at most epochs={self.epochs}, "
+                f"got {self.kl_warmup_epochs}."
+            )
+
+
+@dataclass(frozen=True)
+class SweepConfig(RunConfig):
+    """Many runs: the settings of each, and how many train side by side."""
+
+    n_jobs: int | None = key(
+        None,
+        "runs trained side by side; null: one a core",
+        unit="processes",
+        low=1,
+        high=1024,
+        science=False,
+    )
+
+    def run_config(self) -> RunConfig:
+        """The settings of one run, without those of the sweep around it."""
+        names = [item.name for item in dataclasses.fields(RunConfig)]
+        return RunConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which runs to tabulate, and where the report goes."""
+
+    runs: str | None = key(
+        None,
+        "folder of runs, searched three levels deep; null: the newest experiment in outputs",
+    )
+    output: str | None = key(None, "folder that receives the report; null: the folder of runs")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def science(config: Any) -> dict[str, Any]:
+    """The settings that change the numbers of a run, as plain values."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            values[item.name] = science(value)
+        elif item.metadata["key"].science:
+            values[item.name] = value
+    return values
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 (hex) of the settings that change the science and of the schema version.
+
+    Device, paths, thread and worker counts stay outside: they must not change a result, and a run
+    moved to another machine must be recognised there.
+    """
+    content = {"schema_version": SCHEMA_VERSION, "config": science(config)}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_name(config: RunConfig) -> str:
+    """The directory name of a run: the axes for people, eight digits of the hash for truth."""
+    axes = ("latent_dim", "encoder_depth", "encoder_width", "seed")
+    words = ",".join(f"{axis}={getattr(config, axis)}" for axis in axes)
+    return f"{words}-{config_hash(config)[:8]}"
+
+
+def keys_of(schema: type) -> dict[str, tuple[Key, str, Any]]:
+    """Every dotted key of a schema with its Key, type name and default, in order."""
+    result: dict[str, tuple[Key, str, Any]] = {}
+    for item in dataclasses.fields(schema):
+        if item.default_factory is not dataclasses.MISSING:
+            nested = item.default_factory
+            assert isinstance(nested, type)
+            for name, entry in keys_of(nested).items():
+                result[f"{item.name}.{name}"] = entry
+        else:
+            result[item.name] = (item.metadata["key"], str(item.type), item.default)
+    return result
