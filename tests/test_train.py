@@ -1,0 +1,165 @@
+"""Training: it learns, it is reproducible to the bit, it stops when the loss is no number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from vaeq.data import Images
+from vaeq.elbo import gaussian_kl, reconstruction
+from vaeq.errors import TrainingDiverged
+from vaeq.model import VAE
+from vaeq.train import HISTORY_COLUMNS, State, derive_seed, evaluate, fit
+
+
+def fresh(learning_rate: float = 1e-3, seed: int = 0) -> State:
+    vae = VAE(
+        784,
+        3,
+        encoder_depth=1,
+        encoder_width=24,
+        decoder_depth=1,
+        decoder_width=24,
+        activation="relu",
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return State(vae, torch.optim.Adam(vae.parameters(), lr=learning_rate, fused=True))
+
+
+def train(images: Images, state: State | None = None, **changes: Any) -> State:
+    state = state or fresh()
+    settings = {"epochs": 2, "batch_size": 64, "learning_rate": 1e-3, "seed": 0}
+    fit(state, images, **{**settings, **changes})
+    return state
+
+
+def weights(state: State) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in state.vae.parameters()])
+
+
+def test_the_elbo_rises_on_held_out_digits(small: Images) -> None:
+    history = train(small, epochs=8).history
+    elbos = [row["test_elbo"] for row in history]
+    # Nothing learned is 784 log 2 = 543 nats; constant grey levels are about 207.
+    assert elbos[-1] > elbos[0] > -784 * math.log(2)
+    assert elbos[-1] > -260
+    assert tuple(history[0]) == HISTORY_COLUMNS
+    for row in history:
+        assert row["test_elbo"] == pytest.approx(row["test_reconstruction"] - row["test_kl"])
+        assert row["seconds"] > 0
+
+
+def test_same_seed_same_bits_and_another_seed_others(small: Images) -> None:
+    first = weights(train(small))
+    assert torch.equal(first, weights(train(small)))
+    assert not torch.equal(first, weights(train(small, seed=1)))
+
+
+def test_training_in_two_parts_gives_the_same_bits(small: Images) -> None:
+    settings = {"schedule": "cosine", "kl_warmup_epochs": 2}
+    whole = train(small, epochs=4, **settings)
+
+    # The cosine runs over all four epochs: stop after two of them from outside, as a kill does.
+    class StopAfterTwoError(Exception):
+        pass
+
+    def stop(state: State) -> None:
+        if state.epoch == 2:
+            raise StopAfterTwoError
+
+    parts = fresh()
+    with pytest.raises(StopAfterTwoError):
+        train(small, parts, epochs=4, on_epoch=stop, **settings)
+    train(small, parts, epochs=4, **settings)
+    assert torch.equal(weights(whole), weights(parts))
+    assert [r["test_elbo"] for r in whole.history] == [r["test_elbo"] for r in parts.history]
+
+
+def test_the_gradient_step_is_adam_on_the_negative_elbo(small: Images) -> None:
+    # One full-batch step, written out by hand.
+    state = fresh()
+    images = small.train[:50]
+    one = Images("mnist", "", images, small.train_labels[:50], small.test, small.test_labels)
+    reference = fresh()
+    generator = torch.Generator().manual_seed(derive_seed(0, "epoch", 1))
+    order = torch.randperm(50, generator=generator)
+    x = images[order].float() / 255
+    noise = torch.randn(50, 3, generator=generator)
+    logits, mean, logvar = reference.vae(x, noise)
+    loss = (0.5 * gaussian_kl(mean, logvar) - reconstruction(logits, x)).mean()
+    loss.backward()
+    expected = []
+    for p in reference.vae.parameters():
+        assert p.grad is not None
+        # Adam's first step is lr·g/(|g| + ε): both moments are bias-corrected to g and g².
+        expected.append((p - 1e-3 * p.grad / (p.grad.abs() + 1e-8)).detach().flatten())
+    train(one, state, epochs=1, batch_size=50, beta=0.5)
+    torch.testing.assert_close(weights(state), torch.cat(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_kl_warmup_and_beta_weigh_the_kl(small: Images) -> None:
+    kl = {
+        name: train(small, epochs=3, **changes).history[-1]["train_kl"]
+        for name, changes in {
+            "free": {"beta": 0.0},
+            "warmup": {"kl_warmup_epochs": 3},
+            "plain": {},
+            "strong": {"beta": 20.0},
+        }.items()
+    }
+    assert kl["free"] > kl["warmup"] > kl["plain"] > kl["strong"]
+
+
+def test_cosine_ends_with_small_steps(small: Images) -> None:
+    state = train(small, epochs=3, schedule="cosine")
+    steps = 3 * math.ceil(600 / 64)
+    last = 0.5 * 1e-3 * (1 + math.cos(math.pi * (steps - 1) / steps))
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(last)
+    assert train(small).optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_early_stopping_keeps_the_best_weights(small: Images) -> None:
+    # A decoder that overfits 100 images within some epochs.
+    few = Images(
+        "mnist",
+        "",
+        small.train[:100],
+        small.train_labels[:100],
+        small.test,
+        small.test_labels,
+    )
+    state = train(few, epochs=400, batch_size=10, learning_rate=5e-3, early_stopping=3)
+    elbos = [row["test_elbo"] for row in state.history]
+    best = elbos.index(max(elbos))
+    assert len(elbos) == best + 1 + 3 < 400
+    log_px, kl = evaluate(state.vae, few.test, derive_seed(0, "evaluate", best + 1))
+    assert log_px - kl == pytest.approx(max(elbos), abs=1e-4)
+
+
+def test_a_loss_that_is_no_number_names_its_epoch(small: Images) -> None:
+    with pytest.raises(TrainingDiverged, match="not finite in epoch 1") as caught:
+        train(small, fresh(10.0), learning_rate=10.0, beta=1e6, epochs=5)
+    assert caught.value.epoch == 1
+
+
+def test_bf16_learns_what_fp32_learns(small: Images) -> None:
+    fp32, bf16 = (train(small, epochs=6, bf16=b).history[-1]["test_elbo"] for b in (False, True))
+    assert bf16 != fp32
+    # Six epochs move the ELBO by some 300 nats; two arithmetics may differ by a few.
+    assert bf16 == pytest.approx(fp32, abs=8)
+
+
+def test_images_are_counted_without_a_wait(small: Images) -> None:
+    seen: list[tuple[int, int]] = []
+    train(small, batch_size=10, on_images=lambda epoch, done: seen.append((epoch, done)))
+    assert seen == [(1, 10), (1, 330), (2, 10), (2, 330)]
+
+
+def test_seeds_of_different_purposes_and_epochs_differ() -> None:
+    seeds = {derive_seed(s, "epoch", e) for s in range(20) for e in range(20)}
+    seeds |= {derive_seed(s, "weights") for s in range(20)}
+    assert len(seeds) == 420
+    assert all(0 <= seed < 2**63 for seed in seeds)
