@@ -1,0 +1,85 @@
+"""The state of a training run in one safetensors file: weights, Adam's moments, history.
+
+One file, renamed into place, so that weights and history can never come from different epochs. No
+pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vaeq.errors import InputError
+from vaeq.record import write_atomic
+from vaeq.train import HISTORY_COLUMNS, State
+
+FILE = "checkpoint.safetensors"
+
+
+def save_checkpoint(directory: Path, state: State, config_hash: str, *, final: bool) -> None:
+    """Write the state after an epoch; a final one keeps the weights and drops the optimizer."""
+    tensors = {f"model.{name}": value for name, value in state.vae.state_dict().items()}
+    if not final:
+        names = {id(p): name for name, p in state.vae.named_parameters()}
+        for parameter, moments in state.optimizer.state.items():
+            for moment, value in moments.items():
+                tensors[f"adam.{names[id(parameter)]}.{moment}"] = value
+        for name, value in (state.best or {}).items():
+            tensors[f"best.{name}"] = value
+    metadata = {
+        "config_hash": config_hash,
+        "history": json.dumps(state.history),
+        "final": json.dumps(final),
+    }
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomic(directory / FILE, save(contiguous, metadata))
+
+
+def load_checkpoint(directory: Path, state: State, config_hash: str) -> None:
+    """Bring ``state`` to where the checkpoint in ``directory`` stands; no file leaves it as it is.
+
+    Raises:
+        InputError: the file is unreadable, or belongs to another configuration or model.
+    """
+    path = directory / FILE
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("config_hash") != config_hash:
+            raise ValueError("it belongs to another configuration")
+        history = json.loads(metadata["history"])
+        if not all(tuple(row) == HISTORY_COLUMNS for row in history):
+            raise ValueError("its history has other columns")
+        state.vae.load_state_dict(_part(tensors, "model."))
+        state.best = _part(tensors, "best.") or None
+        if not json.loads(metadata["final"]):
+            _load_adam(state, _part(tensors, "adam."))
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be used: {reason}; delete it to train afresh.") from None
+    state.history = history
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _load_adam(state: State, moments: dict[str, Tensor]) -> None:
+    for name, parameter in state.vae.named_parameters():
+        own = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        # Fused Adam on a GPU keeps its step count there, beside the moments.
+        state.optimizer.state[parameter] = {
+            key: torch.as_tensor(value, device=parameter.device) for key, value in own.items()
+        }

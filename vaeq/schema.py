@@ -1,0 +1,142 @@
+"""What a record.json must hold, checked key by key before any of it is believed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vaeq.config import SCHEMA_VERSION
+from vaeq.errors import InputError, one_line
+
+# A record is some tens of kilobytes; a file of more than this was not written by vaeq.
+LARGEST_RECORD = 64 * 2**20
+_PARTS = (
+    "provenance",
+    "timing",
+    "history",
+    "estimates",
+    "per_dimension",
+    "curves",
+    "settings",
+    "failure",
+)
+_KNOWN = ("schema_version", "state", "config", "config_hash", *_PARTS)
+
+
+class SchemaError(InputError):
+    """A record written under another schema version: its numbers may mean something else."""
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The content of a record.json, checked to have the keys and types others rely on.
+
+    Raises:
+        SchemaError: it was written under another schema version.
+        InputError: it cannot be read, is not JSON, or lacks or mistypes a key; the text says which.
+    """
+    try:
+        if path.stat().st_size > LARGEST_RECORD:
+            raise InputError(f"is larger than any record ({path.stat().st_size} bytes)")
+        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}") from None
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError("is nested too deeply to be a record") from None
+    except UnicodeDecodeError:
+        raise InputError("is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        what = "is empty" if path.stat().st_size == 0 else f"is not valid JSON ({error})"
+        raise InputError(f"{what}: truncated or overwritten") from None
+    except ValueError as error:
+        raise InputError(f"is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"holds {_type_words(content)} where an object is expected")
+    version = content.get("schema_version")
+    if type(version) is not int:
+        raise InputError("has no integer schema_version")
+    if version != SCHEMA_VERSION:
+        raise SchemaError(f"has schema_version {version}; this vaeq reads {SCHEMA_VERSION}")
+    _check_record(content)
+    return content
+
+
+def _refuse_constant(token: str) -> None:
+    raise ValueError(f"the token {token} is no JSON number")
+
+
+def is_number(value: object) -> bool:
+    """A finite int or float that fits a float; True and False are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _type_words(value: object) -> str:
+    for kind, words in ((dict, "an object"), (list, "a list"), (str, "text"), (bool, "a boolean")):
+        if isinstance(value, kind):
+            return words
+    return "null" if value is None else "a number"
+
+
+def _require(
+    mapping: Mapping[str, Any], name: str, kind: type, words: str, prefix: str = ""
+) -> Any:
+    """``mapping[name]`` if it is there and of exactly that type."""
+    if name not in mapping:
+        raise InputError(f"lacks {prefix}{name}")
+    value = mapping[name]
+    if type(value) is not kind:
+        raise InputError(f"has {_type_words(value)} for {prefix}{name}, where {words} is expected")
+    return value
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise InputError for the first key of a record that is missing or of the wrong type."""
+    state = _require(record, "state", str, "text")
+    if state not in ("complete", "failed"):
+        raise InputError(f"has state {one_line(state, 40)!r}, where complete or failed is expected")
+    config = _require(record, "config", dict, "an object")
+    _require(record, "config_hash", str, "text")
+    for name in record:
+        if name not in _KNOWN:
+            raise InputError(f"has an unknown part, {one_line(name, 40)}")
+        if name in _PARTS:
+            _require(record, name, dict, "an object")
+    if state == "failed":
+        return
+    for name in ("latent_dim", "seed"):
+        _require(config, name, int, "an integer", "config.")
+    total = record.get("timing", {}).get("total_seconds")
+    if total is not None and not is_number(total):
+        raise InputError("has no finite number for timing.total_seconds")
+    for name, entry in record.get("per_dimension", {}).items():
+        if not isinstance(entry, list):
+            raise InputError(f"has {_type_words(entry)} for per_dimension.{one_line(name)}")
+    estimates = _require(record, "estimates", dict, "an object")
+    if not estimates:
+        raise InputError("is complete but has no estimates")
+    for name in estimates:
+        entry = _require(estimates, name, dict, "an object", "estimates.")
+        _check_estimate(one_line(name), entry)
+
+
+def _check_estimate(name: str, entry: Mapping[str, Any]) -> None:
+    for part in ("value", "std_error"):
+        if part not in entry:
+            raise InputError(f"lacks estimates.{name}.{part}")
+        number = entry[part]
+        if number is not None and not is_number(number):
+            raise InputError(f"has no finite number or null for estimates.{name}.{part}")
+    if entry["std_error"] is not None and entry["std_error"] < 0:
+        raise InputError(f"has a negative estimates.{name}.std_error")
+    _require(entry, "unit", str, "text", f"estimates.{name}.")
+    if not isinstance(entry.get("reason"), str | None):
+        raise InputError(f"has {_type_words(entry['reason'])} for estimates.{name}.reason")
