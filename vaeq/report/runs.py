@@ -1,0 +1,278 @@
+"""Reading run folders: which runs are complete, and why the others are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vaeq.config import SweepConfig
+from vaeq.errors import InputError, one_line
+from vaeq.estimate import Estimate
+from vaeq.record import RunRecord, read_record
+from vaeq.schema import SchemaError
+
+SEARCH_DEPTH = 3
+RUN_FILES = ("record.json", "status.json", "config.yaml")
+_MAKE_SOME = "make some with: vaeq sweep latent_dim=2,8,32"
+
+Scalar = str | int | float | bool | None
+Kind = Literal["failed", "unfinished", "unreadable", "other schema", "duplicate"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run: its settings, its seed and what was measured."""
+
+    name: str
+    directory: Path
+    settings: Mapping[str, Scalar]
+    seed: int
+    experiment: str
+    estimates: Mapping[str, Estimate]
+    per_dimension: Mapping[str, Sequence[Any]] = field(default_factory=dict, repr=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    seconds: float | None = None
+
+    def value(self, metric: str) -> float | None:
+        """The value of a metric, or None where the record has no number for it."""
+        estimate = self.estimates.get(metric)
+        return None if estimate is None else estimate.value
+
+    @property
+    def n_images(self) -> int | None:
+        """N, the number of components of the aggregated posterior, where the record tells."""
+        data = self.provenance.get("data")
+        n = data.get("n_train") if isinstance(data, dict) else None
+        if isinstance(n, int) and not isinstance(n, bool) and n > 0:
+            return n
+        information = self.value("mutual_information")
+        fraction = self.value("mutual_information_fraction")
+        if not information or not fraction or not 0 < information / fraction < 50:
+            return None
+        return round(math.exp(information / fraction))
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A run, or what is left of one, that is not in the table, and why."""
+
+    name: str
+    directory: Path
+    kind: Kind
+    reason: str
+
+
+def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[Excluded]]:
+    """Every run under the folders: the complete ones and, named, all others.
+
+    Of two complete runs of the same configuration and seed the first counts; a copy in a second
+    experiment folder would otherwise pass for a second seed.
+
+    Raises:
+        InputError: a folder does not exist, or none of them holds a run.
+    """
+    runs: list[Run] = []
+    excluded: list[Excluded] = []
+    first: dict[tuple[object, ...], Run] = {}
+    found = False
+    for name, directory in _find_runs(roots):
+        found = True
+        try:
+            run = _read_run(name, directory)
+        except OSError as error:
+            run = Excluded(name, directory, "unreadable", f"cannot be read: {error.strerror}")
+        if isinstance(run, Excluded):
+            excluded.append(run)
+            continue
+        identity = (*sorted(run.settings.items()), run.seed)
+        if identity in first:
+            reason = f"same configuration and seed as {first[identity].name}, which is counted"
+            excluded.append(Excluded(name, directory, "duplicate", reason))
+            continue
+        first[identity] = run
+        runs.append(run)
+    if not found:
+        where = ", ".join(str(root) for root in roots) or "no folder"
+        raise InputError(
+            f"runs={where}: no runs there (searched {SEARCH_DEPTH} levels deep); {_MAKE_SOME}"
+        )
+    return runs, excluded
+
+
+def newest_experiment(outputs: Path) -> Path:
+    """The sub-folder of ``outputs`` in which a run was written last.
+
+    Raises:
+        InputError: no sub-folder holds a run.
+    """
+    newest: tuple[float, Path] | None = None
+    folders = sorted(outputs.iterdir()) if outputs.is_dir() else []
+    for folder in folders:
+        if not folder.is_dir() or folder.name.startswith("."):
+            continue
+        for run in _walk(folder, SEARCH_DEPTH - 1):
+            written = max((file.stat().st_mtime for file in _run_files(run)), default=-1.0)
+            if newest is None or written > newest[0]:
+                newest = written, folder
+    if newest is None:
+        raise InputError(f"no runs in {outputs} yet; {_MAKE_SOME}")
+    return newest[1]
+
+
+def _run_files(directory: Path) -> list[Path]:
+    return [path for name in RUN_FILES if (path := directory / name).is_file()]
+
+
+def _find_runs(roots: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Name and path of every run directory under the roots, each once, in the order of names."""
+    seen: set[Path] = set()
+    for root in roots:
+        if not root.is_dir():
+            problem = "is not a folder" if root.exists() else "does not exist"
+            raise InputError(
+                f"runs={root} {problem}; give a folder of runs, such as outputs/default"
+            )
+        for directory in _walk(root, SEARCH_DEPTH):
+            resolved = directory.resolve()
+            if resolved not in seen:
+                seen.add(resolved)
+                relative = directory.relative_to(root)
+                yield (str(relative) if relative.parts else root.resolve().name), directory
+
+
+def _walk(directory: Path, depth: int) -> Iterator[Path]:
+    """Run directories at or below a directory; a run directory is not searched further.
+
+    A directory that cannot be listed is yielded too: it may be a run, and is named as unreadable.
+    """
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except OSError:
+        yield directory
+        return
+    if any(entry.name in RUN_FILES for entry in entries):
+        yield directory
+    elif depth > 0:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith("."):
+                yield from _walk(directory / entry.name, depth - 1)
+
+
+def _read_run(name: str, directory: Path) -> Run | Excluded:
+    status = _read_status(directory / "status.json")
+    path = directory / "record.json"
+    os.listdir(directory)  # raises OSError where the directory is closed to us
+    if not path.exists():
+        return _without_record(name, directory, status)
+    try:
+        record = read_record(path)
+    except SchemaError as error:
+        return Excluded(name, directory, "other schema", f"record.json {error}")
+    except InputError as error:
+        return Excluded(name, directory, "unreadable", f"record.json {error}")
+    if record.state == "failed":
+        reason = _failure_words(record.failure)
+        progress = _progress(status) or _last_epoch(record)
+        return Excluded(name, directory, "failed", ", ".join(filter(None, (progress, reason))))
+    config = flatten(record.config)
+    seconds = record.timing.get("total_seconds")
+    return Run(
+        name=name,
+        directory=directory,
+        settings={key: value for key, value in config.items() if key not in _SET_APART},
+        seed=record.config["seed"],
+        experiment=str(config.get("experiment", "")),
+        estimates={key: _estimate(entry) for key, entry in record.estimates.items()},
+        per_dimension=record.per_dimension,
+        provenance=record.provenance,
+        seconds=float(seconds) if seconds is not None else None,
+    )
+
+
+def _without_record(name: str, directory: Path, status: dict[str, Any] | None) -> Excluded:
+    if status is None:
+        present = (directory / "status.json").exists()
+        reason = "status.json is unreadable" if present else "not started: it has no status.json"
+        return Excluded(name, directory, "unfinished", reason)
+    state, progress = status.get("state"), _progress(status)
+    if state == "failed":
+        reason = ", ".join(filter(None, (progress, _failure_words(status.get("failure")))))
+        return Excluded(name, directory, "failed", reason)
+    if state == "complete":
+        reason = "status.json says complete, but there is no record.json"
+        return Excluded(name, directory, "unreadable", reason)
+    updated = status.get("updated_at")
+    when = f"last written {one_line(updated)}" if isinstance(updated, str) else ""
+    reason = ", ".join(filter(None, (progress or "no epoch finished", when)))
+    return Excluded(name, directory, "unfinished", reason)
+
+
+def _read_status(path: Path) -> dict[str, Any] | None:
+    try:
+        status = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return status if isinstance(status, dict) else None
+
+
+def _progress(status: Mapping[str, Any] | None) -> str:
+    """``epoch 3 of 10``, or nothing where the status does not say."""
+    if status is None or type(status.get("epoch")) is not int:
+        return ""
+    total = status.get("epochs")
+    return f"epoch {status['epoch']}" + (f" of {total}" if type(total) is int else "")
+
+
+def _last_epoch(record: RunRecord) -> str:
+    epochs = record.history.get("epoch")
+    if not isinstance(epochs, list) or not epochs or type(epochs[-1]) is not int:
+        return ""
+    return _progress({"epoch": epochs[-1], "epochs": record.config.get("epochs")})
+
+
+def _failure_words(failure: object) -> str:
+    if not isinstance(failure, dict):
+        return "no failure recorded"
+    parts = (failure.get("type"), failure.get("message"))
+    words = ": ".join(one_line(part) for part in parts if isinstance(part, str) and part)
+    return words or "no failure recorded"
+
+
+def _estimate(entry: Mapping[str, Any]) -> Estimate:
+    value, error = entry["value"], entry["std_error"]
+    if value is None:
+        return Estimate(None, None, entry["unit"], entry.get("reason") or "no reason recorded")
+    return Estimate(float(value), None if error is None else float(error), entry["unit"])
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """A nested config as ``{"data.name": "mnist", ...}``; a list becomes its JSON text."""
+    flat: dict[str, Scalar] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif value is None or isinstance(value, str | int | float):
+            flat[prefix + name] = value
+        else:
+            flat[prefix + name] = json.dumps(value)
+    return flat
+
+
+def _not_science(config: type, prefix: str = "") -> Iterator[str]:
+    """Settings that change no number of a run: runs that differ in these alone are the same."""
+    for item in dataclasses.fields(config):
+        spec = item.metadata.get("key")
+        if spec is not None and not spec.science:
+            yield prefix + item.name
+        elif dataclasses.is_dataclass(item.default_factory):
+            yield from _not_science(item.default_factory, f"{prefix}{item.name}.")
+
+
+# The seed makes no configuration of its own either: it is what a configuration is averaged over.
+_SET_APART = frozenset(_not_science(SweepConfig)) | {"seed"}
