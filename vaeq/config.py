@@ -137,11 +137,6 @@ class DataConfig:
 class MeasureConfig:
     """How closely the aggregated posterior is looked at after training."""
 
-    panel: str = key(
-        "full",
-        "decomposition: the exact decomposition of the KL; full: bracket and two-sample tests too",
-        choices=("decomposition", "full"),
-    )
     n_samples: int = key(
         10_000,
         "Monte Carlo samples of the aggregated posterior",
@@ -149,7 +144,6 @@ class MeasureConfig:
         low=2,
         high=10_000_000,
     )
-    flow: bool = key(False, "also fit a neural spline flow for the lower bound (needs vaeq[flow])")
 
     def __post_init__(self) -> None:
         check(self, "measure.")

@@ -1,0 +1,182 @@
+"""One run from configuration to record, in this process, on real digits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from vaeq import experiment
+from vaeq.config import RunConfig
+from vaeq.errors import InputError, TrainingDiverged
+from vaeq.experiment import resolve_device, run
+from vaeq.progress import Event
+from vaeq.record import RECORD, RunRecord, read_record, run_directory
+
+FILES = {
+    ".lock",
+    "checkpoint.safetensors",
+    "config.yaml",
+    "history.csv",
+    "record.json",
+    "samples.safetensors",
+    "status.json",
+}
+
+
+def events_of(config: RunConfig) -> tuple[RunRecord, list[Event]]:
+    events: list[Event] = []
+    return run(config, events.append, threads=1), events
+
+
+def test_a_run_leaves_its_files_and_tells_its_story(tiny: RunConfig) -> None:
+    record, events = events_of(tiny)
+    directory = run_directory(tiny)
+    assert set(os.listdir(directory)) == FILES
+    assert read_record(directory / RECORD) == record
+    kinds = [event.kind for event in events]
+    assert kinds[0] == "start"
+    assert kinds.count("epoch") == 2
+    assert kinds[-2:] == ["stage", "complete"]
+    last = [event for event in events if event.kind == "epoch"][-1]
+    assert (last.epoch, last.epochs, last.images, last.total_images) == (2, 2, 1200, 1200)
+    assert last.elbo == record.history["test_elbo"][-1]
+
+
+def test_the_measures_fit_together(tiny: RunConfig) -> None:
+    record, _ = events_of(replace(tiny, epochs=4))
+    value = {name: entry["value"] for name, entry in record.estimates.items()}
+    parts = value["mutual_information"] + value["total_correlation"] + value["dimension_kl_sum"]
+    assert value["kl_per_image"] == pytest.approx(parts, abs=1e-6)
+    assert value["elbo"] < value["reconstruction"] < 0
+    assert value["elbo"] == pytest.approx(record.history["test_elbo"][-1], abs=5)
+    assert len(record.per_dimension["kl"]) == tiny.latent_dim
+    assert value["dimension_kl_sum"] == pytest.approx(sum(record.per_dimension["kl"]), rel=1e-9)
+    for name, entry in record.estimates.items():
+        assert entry["unit"], name
+        assert entry["value"] is not None or entry["reason"], name
+
+
+def test_the_kept_samples_are_draws_of_the_aggregated_posterior(tiny: RunConfig) -> None:
+    record, _ = events_of(tiny)
+    kept = load_file(run_directory(tiny) / "samples.safetensors")
+    assert kept["z"].shape == (600, 2)
+    assert kept["label"].shape == (600,)
+    mean = torch.tensor(record.per_dimension["mean"])
+    std = torch.tensor(record.per_dimension["std"])
+    drawn = torch.tensor(kept["z"])
+    # 600 draws, one an image: the mean has at most the mixture's standard error.
+    assert ((drawn.mean(0) - mean).abs() < 4 * std / 600**0.5).all()
+    torch.testing.assert_close(drawn.std(0).double(), std.double(), rtol=0.2, atol=0)
+
+
+def test_provenance_names_what_made_the_numbers(tiny: RunConfig) -> None:
+    record, _ = events_of(tiny)
+    provenance = record.provenance
+    assert provenance["torch"] == torch.__version__
+    assert provenance["threads"] == 1
+    assert provenance["data"]["n_train"] == 600
+    assert provenance["data"]["name"] == "mnist"
+    assert record.timing["total_seconds"] > 0
+
+
+def test_an_interrupted_run_resumes_at_its_last_epoch(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, epochs=4)
+
+    def interrupt(event: Event) -> None:
+        if event.kind == "epoch" and event.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, interrupt, threads=1)
+    assert RECORD not in os.listdir(run_directory(config))
+    record, events = events_of(config)
+    assert events[0] == replace(events[0], kind="start", epoch=2, epochs=4)
+    whole, _ = events_of(replace(config, outputs=str(tmp_path / "whole")))
+    assert record.estimates == whole.estimates
+
+
+def test_a_broken_checkpoint_is_said_and_trained_afresh(tiny: RunConfig, tmp_path: Path) -> None:
+    whole, _ = events_of(replace(tiny, outputs=str(tmp_path / "whole")))
+    directory = run_directory(tiny)
+    directory.mkdir(parents=True)
+    (directory / "checkpoint.safetensors").write_bytes(b"garbage")
+    record, events = events_of(tiny)
+    assert events[0].kind == "note"
+    assert "cannot be used" in events[0].message
+    assert "Training afresh" in events[0].message
+    assert record.estimates == whole.estimates
+
+
+def test_a_failure_is_recorded_and_raised(tiny: RunConfig) -> None:
+    config = replace(tiny, learning_rate=10.0, beta=1e6)
+    with pytest.raises(TrainingDiverged):
+        events_of(config)
+    record = read_record(run_directory(config) / RECORD)
+    assert record.state == "failed"
+    assert record.failure is not None
+    assert record.failure["type"] == "TrainingDiverged"
+    assert "epoch 1" in record.failure["message"]
+
+
+def test_a_bug_is_recorded_with_its_traceback(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(experiment, "measure", broken)
+    with pytest.raises(ZeroDivisionError):
+        events_of(tiny)
+    failure = read_record(run_directory(tiny) / RECORD).failure
+    assert failure is not None
+    assert failure["message"] == "ZeroDivisionError: a bug"
+    assert "Traceback" in failure["traceback"]
+    monkeypatch.undo()
+    # The next attempt heals it, and trains nothing again.
+    record, events = events_of(tiny)
+    assert record.state == "complete"
+    assert [event.kind for event in events] == ["start", "stage", "complete"]
+
+
+def test_a_finished_run_is_not_touched(tiny: RunConfig) -> None:
+    first, _ = events_of(tiny)
+    second, events = events_of(tiny)
+    assert first == second
+    assert [event.kind for event in events] == ["skipped"]
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(InputError, match=r"device=cuda:63 is not available.*use device=cpu"):
+        resolve_device("cuda:63")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_depth": 0, "decoder_depth": 0},
+        {"latent_dim": 1},
+        {"precision": "bf16"},
+        {"schedule": "cosine", "kl_warmup_epochs": 1, "early_stopping": 1},
+        {"activation": "softplus", "batch_size": 1000},
+    ],
+)
+def test_settings_of_every_kind_run_to_the_end(tiny: RunConfig, changes: dict[str, object]) -> None:
+    record, _ = events_of(replace(tiny, **changes))  # type: ignore[arg-type]
+    assert record.state == "complete"
+    assert record.estimates["marginal_kl"]["value"] is not None
+
+
+@pytest.mark.parametrize("binarize", ["static", "dynamic"])
+def test_binarized_images(tiny: RunConfig, binarize: str) -> None:
+    config = replace(tiny, data=replace(tiny.data, binarize=binarize))
+    record, _ = events_of(config)
+    assert record.estimates["elbo"]["value"] < 0
