@@ -1,0 +1,65 @@
+"""The dependency rule: mathematics knows no plumbing, and the report knows no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vaeq
+
+PACKAGE = Path(vaeq.__file__).parent
+MATHS = ["elbo", "estimate", "posterior", "log_density", "divergence"]
+PLUMBING = {"cli", "compose", "config", "experiment", "pool", "progress", "record", "report"}
+
+
+def imports(file: Path) -> set[str]:
+    """Every module that a file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def files(name: str) -> list[Path]:
+    module = PACKAGE / f"{name}.py"
+    return [module] if module.exists() else sorted((PACKAGE / name).glob("**/*.py"))
+
+
+def uses(names: set[str], module: str) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for name in names)
+
+
+@pytest.mark.parametrize("name", MATHS)
+def test_mathematics_imports_no_plumbing(name: str) -> None:
+    assert files(name)
+    for file in files(name):
+        found = imports(file)
+        forbidden = [f"vaeq.{p}" for p in PLUMBING] + ["hydra", "omegaconf", "rich", "pandas"]
+        assert not [m for m in forbidden if uses(found, m)], file
+
+
+def test_hydra_is_known_to_the_command_line_alone() -> None:
+    for file in PACKAGE.glob("**/*.py"):
+        name = file.relative_to(PACKAGE).parts[0]
+        if name not in ("cli.py", "compose.py", "hydra_plugins"):
+            assert not uses(imports(file), "hydra"), file
+
+
+def test_the_report_starts_without_torch() -> None:
+    code = "import sys, vaeq.report, vaeq.pool; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_pickle_is_loaded_anywhere() -> None:
+    for file in PACKAGE.glob("**/*.py"):
+        assert not uses(imports(file), "pickle"), file
+        text = file.read_text()
+        assert "torch.load(" not in text, file
+        assert "allow_pickle=True" not in text, file

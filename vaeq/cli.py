@@ -1,0 +1,263 @@
+"""The command line: sub-commands that are Hydra applications, and errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from vaeq import __version__
+from vaeq.errors import InputError, VaeqError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+COMMANDS = {
+    "train": "fit one VAE and measure it",
+    "sweep": "fit every combination of the values given; finished runs are skipped",
+    "report": "table, verdict and pictures of the runs in a folder",
+}
+EXAMPLES = {
+    "train": ("vaeq train", "vaeq train latent_dim=8 encoder_depth=3 seed=1"),
+    "sweep": (
+        "vaeq sweep latent_dim=2,8,32",
+        "vaeq sweep experiment=finding",
+        "vaeq sweep experiment=width n_jobs=1 epochs=5",
+    ),
+    "report": ("vaeq report", "vaeq report runs=outputs/finding output=/tmp/finding"),
+}
+BAD_INPUT = 2
+FAILED = 1
+_SHELL_COMPLETION = ("-sc", "--shell-completion")
+
+
+def main() -> None:
+    """Entry point of ``vaeq``; exits 0, 1 (a run failed), 2 (bad input), 130 or 143 (stopped)."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _dispatch(sys.argv[1:])
+    except InputError as error:
+        _exit(str(error), BAD_INPUT)
+    except VaeqError as error:
+        _exit(str(error), FAILED)
+    except KeyboardInterrupt:
+        _exit("stopped; finished runs and epochs are kept, the same command goes on.", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (vaeq ... | head); Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
+
+
+def _exit(sentence: str, status: int) -> None:
+    print(f"vaeq: {sentence}", file=sys.stderr)  # noqa: T201
+    sys.exit(status)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # SystemExit unwinds like Ctrl-C: workers are stopped, temporary files removed.
+    _exit("terminated; finished runs and epochs are kept, the same command goes on.", 143)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments[:1] == ["--version"]:
+        print(f"vaeq {__version__}")  # noqa: T201
+    elif not arguments or arguments[0] in ("-h", "--help", "help"):
+        _print_overview()
+    elif arguments[0] in _SHELL_COMPLETION:
+        _complete(arguments)
+    elif arguments[0] not in COMMANDS:
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"; did you mean vaeq {close[0]}?" if close else "."
+        raise InputError(
+            f"{arguments[0]!r} is not a command (they are {', '.join(COMMANDS)}){hint}"
+        )
+    elif any(word in ("-h", "--help") for word in arguments[1:]):
+        _print_help(arguments[0])
+    else:
+        _run_hydra(arguments[0], arguments[1:])
+
+
+def _run_hydra(command: str, arguments: list[str]) -> None:
+    """Compose the config of a command with Hydra and run its task."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from vaeq import compose
+
+    overrides = get_args_parser().parse_args(arguments).overrides
+    if not any(word in _SHELL_COMPLETION for word in arguments):
+        compose.check_overrides(command, overrides)
+    compose.register_schemas()
+    _register_plugins()
+    sys.argv = [sys.argv[0], *arguments]
+    # Hydra prints errors over several lines; with this set it raises them, and main() prints one.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    errors: list[Exception] = []
+
+    def task(cfg: DictConfig) -> None:
+        # Hydra announces a failed job in a line of its own before it raises: hand the error
+        # round it.
+        try:
+            TASKS[command](cfg)
+        except Exception as error:
+            errors.append(error)
+
+    application = hydra.main(
+        version_base="1.3", config_path="pkg://vaeq.configs", config_name=command
+    )(_sweep_job if command == "sweep" else task)
+    try:
+        application()
+    except (HydraException, OmegaConfBaseException) as error:
+        sentence = compose.explain(error, compose.SCHEMAS[command], overrides)
+        raise InputError(sentence) from error
+    if errors:
+        raise errors[0]
+
+
+def _register_plugins() -> None:
+    from hydra.core.plugins import Plugins
+
+    # Hydra's scan executes the modules of its own plugins again: a class derived from one of them
+    # must be made after it. In a development install the scan does not find ours by itself.
+    plugins = Plugins.instance()
+    from hydra_plugins.vaeq import GridSweeper, PoolLauncher
+
+    plugins.register(GridSweeper)
+    plugins.register(PoolLauncher)
+
+
+def _train(cfg: DictConfig) -> None:
+    from rich.console import Console
+
+    from vaeq.compose import typed
+    from vaeq.config import RunConfig, run_name
+    from vaeq.pool import available_cores
+    from vaeq.progress import Event, display
+    from vaeq.record import complete_record, require_writable, run_directory
+
+    config = typed(cfg, RunConfig)
+    console = Console()
+    directory = run_directory(config)
+    name = run_name(config)
+    with display(console, [name]) as screen:
+        if complete_record(directory, config) is not None:
+            screen.update(Event("skipped", name, message=f"finished before, in {directory}"))
+            return
+        from vaeq.experiment import prepare, run
+
+        prepare(config)
+        require_writable(directory.parent)
+        try:
+            run(config, screen.update, config.threads or available_cores())
+        except VaeqError as error:
+            if directory.exists():
+                screen.update(Event("failed", name, message=f"see {directory}"))
+            raise error
+    console.print(f"results in {directory}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _sweep_job(cfg: DictConfig) -> None:
+    """One job of a sweep under a launcher other than vaeq's own."""
+    from vaeq.compose import typed
+    from vaeq.config import SweepConfig
+    from vaeq.experiment import run
+
+    config = typed(cfg, SweepConfig).run_config()
+    run(config, lambda event: None, config.threads or 1)
+
+
+def _report(cfg: DictConfig) -> None:
+    from rich.console import Console
+
+    from vaeq.compose import typed
+    from vaeq.config import ReportConfig
+    from vaeq.report import newest_experiment, write_report
+
+    config = typed(cfg, ReportConfig)
+    console = Console()
+    runs = Path(config.runs) if config.runs is not None else newest_experiment(Path("outputs"))
+    write_report([runs], Path(config.output or runs), console)
+
+
+TASKS: dict[str, Callable[[Any], None]] = {"train": _train, "report": _report}
+
+
+def _complete(arguments: list[str]) -> None:
+    """Shell completion: the commands first, then Hydra's completion of the command's own words."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if any(word.startswith("query=") for word in arguments):
+        typed_command = words[1] if len(words) > 1 else ""
+        if typed_command not in COMMANDS or line.endswith(typed_command):
+            print(" ".join(name for name in COMMANDS if name.startswith(typed_command)))  # noqa: T201
+            return
+        rest = line.split(typed_command, 1)[1]
+        os.environ["COMP_LINE"] = words[0] + rest
+        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+        _run_hydra(typed_command, arguments)
+    else:
+        _run_hydra("train", arguments)
+
+
+def _print_overview() -> None:
+    lines = ["vaeq: how well does a VAE's aggregated posterior match its prior N(0, I)?", ""]
+    lines += [f"  vaeq {name:<8} {words}" for name, words in COMMANDS.items()]
+    lines += [
+        "",
+        "vaeq COMMAND --help lists the settings of a command; they are written key=value.",
+        'Shell completion: eval "$(vaeq -sc install=bash)" (or fish, zsh).',
+        "vaeq --version prints the version.",
+    ]
+    print("\n".join(lines))  # noqa: T201
+
+
+def yaml_words(value: object) -> str:
+    """A default as one would type it: null, true, 0.001."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _print_help(command: str) -> None:
+    from importlib import resources
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from vaeq.compose import SCHEMAS
+    from vaeq.config import keys_of
+
+    console = Console()
+    console.print(f"vaeq {command}: {COMMANDS[command]}\n", highlight=False)
+    for example in EXAMPLES[command]:
+        console.print(f"  {example}", highlight=False, markup=False)
+    # Two columns: the override to type, and what it means.
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, (spec, type_name, default) in keys_of(SCHEMAS[command]).items():
+        shown = yaml_words(default)
+        unit = f" [{spec.unit}]" if spec.unit else ""
+        table.add_row(
+            f"  {name}={shown}", escape(f"{spec.help}{unit}; {spec.range_words(type_name)}")
+        )
+    console.print("\nSettings, with their defaults:", highlight=False)
+    console.print(table, highlight=False)
+    if command in ("train", "sweep"):
+        for group in ("experiment", "data"):
+            files = resources.files("vaeq.configs").joinpath(group).iterdir()
+            names = sorted(file.name[:-5] for file in files if file.name.endswith(".yaml"))
+            console.print(f"\n{group}= {', '.join(names)}", highlight=False, markup=False)
+    console.print(
+        "\nHydra's own: --cfg job prints the composed settings, --info, --config-dir DIR adds a "
+        "folder of your own presets, --hydra-help lists the rest.",
+        highlight=False,
+        markup=False,
+    )

@@ -1,0 +1,123 @@
+"""From YAML and overrides to typed configs; from Hydra's errors to one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from vaeq.config import ReportConfig, RunConfig, SweepConfig, keys_of, out_of_range
+from vaeq.errors import InputError
+
+SCHEMAS: dict[str, type] = {"train": RunConfig, "sweep": SweepConfig, "report": ReportConfig}
+_STORED = {"run_schema": RunConfig, "sweep_schema": SweepConfig, "report_schema": ReportConfig}
+_GROUPS = ("data", "experiment")
+
+C = TypeVar("C")
+
+
+def register_schemas() -> None:
+    """Put the schemas where the defaults lists of ``configs/*.yaml`` find them."""
+    for name, schema in _STORED.items():
+        # A frozen dataclass gives a read-only node; overrides must still be able to set it.
+        node = OmegaConf.structured(schema)
+        OmegaConf.set_readonly(node, None)
+        for child in node.values():
+            if isinstance(child, DictConfig):
+                OmegaConf.set_readonly(child, None)
+        ConfigStore.instance().store(name=name, node=node, provider="vaeq")
+
+
+def typed(cfg: DictConfig, schema: type[C]) -> C:
+    """The checked dataclass of a composed config.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, schema)
+    return config
+
+
+def run_configs(
+    loader: ConfigLoader, master: DictConfig, jobs: Sequence[Sequence[str]]
+) -> list[RunConfig]:
+    """The typed config of every job of a sweep; the first illegal value refuses them all."""
+    configs = []
+    for overrides in jobs:
+        try:
+            cfg = loader.load_sweep_config(master, list(overrides))
+            with read_write(cfg), open_dict(cfg):
+                del cfg["hydra"]
+            configs.append(typed(cfg, SweepConfig).run_config())
+        except (HydraException, OmegaConfBaseException) as error:
+            raise InputError(explain(error, SweepConfig, overrides)) from error
+    return configs
+
+
+def check_overrides(command: str, arguments: Iterable[str]) -> None:
+    """Refuse a misspelt key, a key behind ``+``, or a list of values where one run is wanted.
+
+    Raises:
+        InputError: with the key that was probably meant.
+    """
+    known = keys_of(SCHEMAS[command])
+    groups = _GROUPS if command in ("train", "sweep") else ()
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            raise InputError(f"{argument!r} is not an override; write key=value.") from None
+        name = override.key_or_group
+        if name.split(".")[0].split("/")[0] == "hydra":
+            continue
+        if name not in known and name not in groups:
+            raise InputError(
+                f"{name} is not a setting of vaeq {command}; {_suggest(name, [*known, *groups])}"
+                f"vaeq {command} --help lists them all."
+            )
+        if override.is_delete():
+            raise InputError(f"{name} cannot be removed; drop {argument!r}.")
+        if override.is_add() and not override.is_force_add():
+            raise InputError(f"{name} is a setting already; drop the '+' of {argument!r}.")
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise InputError(f"{argument} is no list of values; write them out: {name}=1,2,3.")
+        if command == "train" and override.is_sweep_override():
+            raise InputError(
+                f"{argument} names several values, and vaeq train fits one model; "
+                f"use vaeq sweep {argument}."
+            )
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    # measure=full names a section: its own keys are what was meant.
+    inside = [word for word in known if word.startswith(f"{name}.")]
+    found = inside or close
+    return f"did you mean {found[0]}? " if found else ""
+
+
+def explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
+    """One sentence for an error of Hydra or OmegaConf: field, range and value where known."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for each in causes:
+        name = re.search(r"full_key: (\S+)", str(each))
+        value = re.search(r"[Vv]alue '(.*?)'", str(each), re.DOTALL)
+        known = keys_of(schema)
+        if name and name[1] in known and value:
+            spec, type_name, _ = known[name[1]]
+            return out_of_range(name[1], spec, type_name, value[1])
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group} must be one of {', '.join(error.options)}, got {choice}."
+    return " ".join(str(error).split())
