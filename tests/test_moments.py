@@ -56,3 +56,12 @@ def test_no_cancellation_near_the_prior() -> None:
     e = 1e-9
     covariance = torch.eye(3, dtype=F64) * (1 + e) ** 2
     assert gaussian_kl(torch.zeros(3, dtype=F64), covariance) == pytest.approx(3 * e * e, rel=1e-5)
+
+
+def test_singular_as_far_as_float64_can_tell() -> None:
+    mean = torch.linspace(-1, 1, 5, dtype=F64)[:, None] * torch.tensor(
+        [[1.0, 2.0, -1.0]], dtype=F64
+    )
+    estimate = moment_kl(AggregatedPosterior(mean, torch.full_like(mean, -50.0)))
+    assert estimate.value is None
+    assert estimate.reason == "the covariance of q_N is singular in float64"

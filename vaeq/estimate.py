@@ -1,4 +1,4 @@
-"""An estimate: a value, its Monte Carlo standard error, its unit, or the reason why it is missing."""
+"""An estimate: a value, its Monte Carlo standard error and its unit, or why there is none."""
 
 from __future__ import annotations
 

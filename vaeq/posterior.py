@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
 import torch
 
 from vaeq.errors import InputError
-from vaeq.log_density import MixtureLogDensity
+from vaeq.log_density import MixtureLogDensity, chunk_rows, sum_rows
 
-_CHUNK = 1 << 20  # numbers converted to float64 at once
+# Where |μ|/σ passes the first, float32 draws would be rounded by a hundredth of their σ; past the
+# second, float64 draws by a thousandth.
+_SINGLE_RESOLVES = 1e5
+_DOUBLE_RESOLVES = 1e12
+_LOGVAR_LIMIT = 100.0
 
 
 class AggregatedPosterior:
@@ -19,19 +24,27 @@ class AggregatedPosterior:
     This is the *empirical* aggregated posterior of the images it is given, not the population one.
 
     Args:
-        mean: μ, shape (N, D), N >= 1, D >= 1, float32 or float64, on any device.
-        logvar: log σ², the same shape, dtype and device.
+        mean: μ, shape (N, D), N >= 1, D >= 1, float32 or float64, on the CPU or a GPU.
+        logvar: log σ², the same shape, dtype and device, within ±100.
+
+    float32 codes with |μ|/σ above 1e5 are converted to float64, so that draws of z resolve σ.
 
     Raises:
-        InputError: on a wrong type or shape, or on a NaN or an infinity (how many, and where first).
+        InputError: on a wrong type or shape; on a NaN or an infinity (how many, and where first);
+            on a logvar out of range; on |μ|/σ above 1e12, which float64 does not resolve either.
     """
 
     def __init__(self, mean: torch.Tensor, logvar: torch.Tensor) -> None:
         _check_codes(mean, logvar)
-        density = MixtureLogDensity(mean.detach(), logvar.detach())
-        self._density = density
-        self.mean = density.mean
-        self.logvar = density.logvar
+        self.mean = mean.detach()
+        self.logvar = logvar.detach()
+        if _check_resolution(self.mean, self.logvar) > _SINGLE_RESOLVES:
+            self.mean = self.mean.double()
+            self.logvar = self.logvar.double()
+
+    @functools.cached_property
+    def _density(self) -> MixtureLogDensity:
+        return MixtureLogDensity(self.mean, self.logvar)
 
     @property
     def n(self) -> int:
@@ -55,7 +68,7 @@ class AggregatedPosterior:
 
     @property
     def path(self) -> str:
-        """Which numeric path :meth:`log_prob` takes, e.g. ``"fused float32"``."""
+        """Which arithmetic :meth:`log_prob` takes, e.g. ``"tiled float32"``."""
         return self._density.path
 
     def sample(
@@ -95,8 +108,7 @@ class AggregatedPosterior:
         z = torch.as_tensor(z, device=self.device).to(self.dtype)
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise InputError(f"z must have shape (S, {self.latent_dim}), got {tuple(z.shape)}.")
-        with torch.no_grad():
-            return self._density(z)
+        return self._density(z).to(self.dtype) if len(z) else z.new_empty(0)
 
     def log_prob_conditional(self, z: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """log q(z_s|x_{index_s}) of each draw under its own component, shape (S,)."""
@@ -116,22 +128,19 @@ class AggregatedPosterior:
         return torch.stack(columns, dim=1).to(self.dtype)
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exact mean (D,) and covariance (D, D) of q_N, float64, on the CPU: Cov(μ) + diag mean(σ²)."""
-        centre = torch.zeros(self.latent_dim, dtype=torch.float64)
+        """Exact mean (D,) and covariance Cov(μ) + diag mean(σ²) (D, D) of q_N, float64, CPU."""
+        centre = (sum_rows(self.mean) / self.n).cpu()
         variance = torch.zeros_like(centre)
+        scatter = torch.zeros(self.latent_dim, self.latent_dim, dtype=torch.float64)
         for mean, logvar in self.chunks():
-            centre += mean.sum(0)
             variance += logvar.exp().sum(0)
-        centre /= self.n
-        covariance = torch.diag(variance / self.n)
-        for mean, _ in self.chunks():
             offset = mean - centre
-            covariance += offset.T @ offset / self.n
-        return centre, covariance
+            scatter += offset.T @ offset
+        return centre, (scatter + torch.diag(variance)) / self.n
 
     def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The codes a few rows at a time, float64, on the CPU: for passes in bounded memory."""
-        rows = max(1, _CHUNK // self.latent_dim)
+        rows = chunk_rows(self.latent_dim)
         for mean, logvar in zip(self.mean.split(rows), self.logvar.split(rows), strict=True):
             yield mean.to("cpu", torch.float64), logvar.to("cpu", torch.float64)
 
@@ -163,12 +172,37 @@ def _check_codes(mean: torch.Tensor, logvar: torch.Tensor) -> None:
             "mean and logvar must have the same dtype and device, "
             f"got {mean.dtype} on {mean.device} and {logvar.dtype} on {logvar.device}."
         )
+    rows = chunk_rows(mean.shape[1])
     for name, codes in (("mean", mean), ("logvar", logvar)):
-        bad = ~torch.isfinite(codes)
-        count = int(bad.sum())
+        count, first = 0, (0, 0)
+        for start, part in enumerate(codes.split(rows)):
+            bad = (~torch.isfinite(part)).nonzero()
+            if not count and len(bad):
+                first = (start * rows + int(bad[0, 0]), int(bad[0, 1]))
+            count += len(bad)
         if count:
-            row, column = (int(i) for i in bad.nonzero()[0])
             raise InputError(
                 f"{name} must be finite, got {count} NaN or infinite of {codes.numel()} values, "
-                f"the first at [{row}, {column}]."
+                f"the first at [{first[0]}, {first[1]}]."
             )
+    low, high = float(logvar.min()), float(logvar.max())
+    if low < -_LOGVAR_LIMIT or high > _LOGVAR_LIMIT:
+        raise InputError(
+            f"logvar must be within ±{_LOGVAR_LIMIT:g}, got values from {low:.4g} to {high:.4g}; "
+            "is it log σ², natural logarithm?"
+        )
+
+
+def _check_resolution(mean: torch.Tensor, logvar: torch.Tensor) -> float:
+    """The largest |μ|/σ."""
+    rows = chunk_rows(mean.shape[1])
+    largest = max(
+        float((part.double().abs() * torch.exp(-0.5 * spread.double())).max())
+        for part, spread in zip(mean.split(rows), logvar.split(rows), strict=True)
+    )
+    if largest > _DOUBLE_RESOLVES:
+        raise InputError(
+            f"|mean|/std must be at most {_DOUBLE_RESOLVES:g}, got {largest:.3g}: float64 cannot "
+            "resolve so narrow a posterior; centre the codes or raise the variance."
+        )
+    return largest

@@ -18,8 +18,8 @@ from vaeq.estimate import Estimate
 from vaeq.posterior import AggregatedPosterior
 
 _LOG_2PI = math.log(2 * math.pi)
-# Below this many draws a regression on five controls would cost more than it gains.
-_REGRESSION_DRAWS = 100
+# Below this many draws five slopes cost more than they gain.
+_REGRESSION_DRAWS = 20
 
 
 def kl_per_image(posterior: AggregatedPosterior) -> torch.Tensor:
@@ -46,8 +46,7 @@ def marginal_kl(
     special cases: the direct mean (all slopes 0) and kl_per_image − mean(log q(z|x) − log q_N(z))
     (which is far better once q_N near a code is that code's own component), and is never worse
     than either by more than O(1/S). The bias of fitting the slopes is O(1/S), below the standard
-    error, which is O(1/√S). Under 100 draws nothing is fitted and the better of the two classical
-    estimators in sample variance is taken.
+    error, which is O(1/√S). Under 20 draws nothing is fitted and the second estimator is taken.
 
     Args:
         posterior: N components in D dimensions.
@@ -55,16 +54,18 @@ def marginal_kl(
         generator: source of randomness.
 
     Returns:
-        Nats. std_error is the heteroscedasticity-robust error of the intercept: Monte Carlo error
-        in (x, z) with the N codes held fixed. Pairs are independent, so repeated images need no
-        clustering. None for S = 1.
+        Nats. std_error is the jackknife (HC3) error of the intercept: Monte Carlo error in (x, z)
+        with the N codes held fixed. Pairs are independent, so repeated images need no clustering.
+        None for S = 1.
 
     Always defined. Once mutual_information nears log N this is kl_per_image − log N and grows with
     N: prefer the population bracket then.
 
     References:
-        Hoffman & Johnson (2016), ELBO surgery; Owen (2013), Monte Carlo theory, methods and
-        examples, section 8.9 (control variates by regression).
+        Hoffman & Johnson (2016), ELBO surgery: yet another way to carve up the variational
+        evidence lower bound. Owen (2013), Monte Carlo theory, methods and examples, section 8.9
+        (control variates by regression). MacKinnon & White (1985), Some heteroskedasticity-
+        consistent covariance matrix estimators with improved finite sample properties (HC3).
     """
     if n_samples < 1:
         raise InputError(f"n_samples must be >= 1, got {n_samples}.")
@@ -82,42 +83,44 @@ def marginal_kl(
     half_square = 0.5 * z.square().sum(1)
     log_p = -half_square - 0.5 * dims * _LOG_2PI
     half_noise = -log_q_conditional - 0.5 * log_det - 0.5 * dims * _LOG_2PI
-    factor = torch.linalg.cholesky(covariance)
-    whitened = torch.linalg.solve_triangular(factor, (z - centre).T, upper=False)
-    controls = torch.stack(
-        [
-            log_q_conditional - log_p - mean_kl,
-            half_noise - 0.5 * dims,
-            half_square - 0.5 * (centre.square().sum() + covariance.trace()),
-            image_kl[index] - mean_kl,
-            0.5 * whitened.square().sum(0) - 0.5 * dims,
-        ],
-        dim=1,
-    )
+    columns = [
+        log_q_conditional - log_p - mean_kl,
+        half_noise - 0.5 * dims,
+        half_square - 0.5 * (centre.square().sum() + covariance.trace()),
+        image_kl[index] - mean_kl,
+    ]
+    factor, singular = torch.linalg.cholesky_ex(covariance)
+    if not singular:
+        whitened = torch.linalg.solve_triangular(factor, (z - centre).T, upper=False)
+        columns.append(0.5 * whitened.square().sum(0) - 0.5 * dims)
+    controls = torch.stack(columns, dim=1)
     response = log_q - log_p
     if n_samples >= _REGRESSION_DRAWS:
-        value, std_error = _intercept(response, controls)
-        return Estimate(value, std_error, "nats")
-    candidates = [response, response - controls[:, 0]]
-    if n_samples == 1:
-        return Estimate(float(candidates[1]), None, "nats")
-    best = min(candidates, key=lambda draws: float(draws.var()))
-    return Estimate(float(best.mean()), float(best.std()) / math.sqrt(n_samples), "nats")
+        fitted = _intercept(response, controls)
+        if fitted is not None:
+            return Estimate(*fitted, "nats")
+    draws = response - controls[:, 0]
+    error = float(draws.std()) / math.sqrt(n_samples) if n_samples > 1 else None
+    return Estimate(float(draws.mean()), error, "nats")
 
 
-def _intercept(response: torch.Tensor, controls: torch.Tensor) -> tuple[float, float]:
-    """Intercept of least squares and its heteroscedasticity-robust (HC1) standard error."""
+def _intercept(response: torch.Tensor, controls: torch.Tensor) -> tuple[float, float] | None:
+    """Intercept of least squares and its HC3 standard error, which holds where noise is uneven.
+
+    None where one draw alone decides a slope, so that leaving it out is undefined.
+    """
     design = torch.cat([torch.ones(len(response), 1, dtype=torch.float64), controls], 1)
     # Controls may be collinear or constant (equal variances, one image): the minimum-norm fit
     # of the scaled columns is well defined all the same.
     scale = design.square().mean(0).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    inverse = torch.linalg.pinv(design / scale, rtol=1e-10)
+    design = design / torch.where(scale > 0, scale, torch.ones_like(scale))
+    inverse = torch.linalg.pinv(design, rtol=1e-10)
     coefficients = inverse @ response
-    residual = response - (design / scale) @ coefficients
-    freedom = len(response) - design.shape[1]
-    variance = (inverse[0] * residual).square().sum() * len(response) / freedom
-    return float(coefficients[0] / scale[0]), math.sqrt(float(variance))
+    freedom = 1 - (design * inverse.T).sum(1)
+    if float(freedom.min()) < 1e-6:
+        return None
+    residual = (response - design @ coefficients) / freedom
+    return float(coefficients[0]), math.sqrt(float((inverse[0] * residual).square().sum()))
 
 
 def decompose(

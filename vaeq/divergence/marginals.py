@@ -1,4 +1,4 @@
-"""Each dimension of q_N by itself, from the exact mixture q_N,j = 1/N Σᵢ N(μᵢⱼ, σᵢⱼ²), by quadrature.
+"""Each dimension of q_N by itself, q_N,j = 1/N Σᵢ N(μᵢⱼ, σᵢⱼ²), by deterministic quadrature.
 
 The density is tabulated at Gauss-Legendre nodes on dyadic panels. A component is summed exactly at
 the nodes of panels between 2 and 4 of its own σ wide, where a polynomial of degree 23 holds it to
@@ -149,7 +149,8 @@ def _tabulate(mean: Array, std: Array) -> _Panels:
     first = np.floor((mean - _REACH * std) / scale).astype(np.int64)
     last = np.floor((mean + _REACH * std) / scale).astype(np.int64)
     order = np.lexsort((first, level))
-    mean, std, level, first, last = (a[order] for a in (mean, std, level, first, last))
+    mean, std = mean[order], std[order]
+    level, first, last = level[order], first[order], last[order]
     low, high = int(level[0]), int(level[-1])
     bounds = np.searchsorted(level, np.arange(low, high + 2))
 
@@ -171,7 +172,8 @@ def _tabulate(mean: Array, std: Array) -> _Panels:
         if own.start < own.stop:
             _add_components(density, panels, width, mean[own], std[own], first[own], last[own])
         halve = np.isin(panels, split[k], assume_unique=True)
-        table = _Panels(panels * width, np.full(len(panels), width), density)
+        left = np.asarray(panels * width, dtype=np.float64)
+        table = _Panels(left, np.full_like(left, width), density)
         leaves.append(table.take(~halve))
         if halve.any():
             density = table.take(halve).halved().density
@@ -242,10 +244,10 @@ def _distances(mean: Array, std: Array) -> tuple[float, float, float]:
     candidates = np.flatnonzero(np.concatenate(peaks) > 0.98 * best)
     ks = best
     for start in range(0, len(candidates), _BLOCK):
-        rows = candidates[start : start + _BLOCK]
-        half = 0.5 * panels.width[rows, None]
-        x = panels.left[rows, None] + half * (_FINE + 1)
-        cdf = below[rows, None] + half * (panels.density[rows] @ _TO_FINE.T)
+        few = candidates[start : start + _BLOCK]
+        half = 0.5 * panels.width[few, None]
+        x = panels.left[few, None] + half * (_FINE + 1)
+        cdf = below[few, None] + half * (panels.density[few] @ _TO_FINE.T)
         ks = max(ks, _peak(np.abs(cdf - ndtr(x))))
     return kl, ks, math.sqrt(square)
 
@@ -283,7 +285,7 @@ def marginals(posterior: AggregatedPosterior) -> dict[str, list[float] | list[bo
         Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, section 5 (active
         units).
     """
-    n, dims = posterior.mean.shape
+    dims = posterior.latent_dim
     mean, variance = np.empty(dims), np.empty(dims)
     active, image_kl = np.empty(dims, dtype=bool), np.empty(dims)
 

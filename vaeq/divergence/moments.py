@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from vaeq.estimate import Estimate
@@ -17,14 +19,20 @@ def gaussian_kl(mean: torch.Tensor, covariance: torch.Tensor) -> float:
     Args:
         mean: m, shape (D,).
         covariance: C, shape (D, D), symmetric, positive definite.
+
+    Returns:
+        Nats; infinity where C is singular, or nearer to it than float64 resolves.
     """
-    excess = torch.linalg.eigvalsh(covariance.double() - torch.eye(len(mean), dtype=torch.float64))
+    identity = torch.eye(len(mean), dtype=torch.float64, device=covariance.device)
+    excess = torch.linalg.eigvalsh(covariance.double() - identity)
+    if float(excess.min()) <= -1:
+        return math.inf
     trace_and_log_det = (excess - torch.log1p(excess)).sum()
     return 0.5 * float(mean.double().square().sum() + trace_and_log_det)
 
 
 def moment_kl(posterior: AggregatedPosterior) -> Estimate:
-    """KL(N(m, C) ‖ N(0, I)) with the exact moments of q_N: the first two moments' share.
+    """KL(N(m, C) ‖ N(0, I)) with the exact moments of q_N: the share of the first two moments.
 
     Closed form, no sampling. Of all densities with the moments m and C the Gaussian is the closest
     to N(0, I), so this is a *lower* bound of KL(q_N ‖ p); the gap KL(q_N ‖ N(m, C)) is the shape
@@ -34,9 +42,12 @@ def moment_kl(posterior: AggregatedPosterior) -> Estimate:
         posterior: N components in D dimensions.
 
     Returns:
-        Nats, std_error 0. Always defined: C = Cov(μ) + diag mean(σ²) is positive definite.
+        Nats, std_error 0. Missing where C = Cov(μ) + diag mean(σ²), which is positive definite,
+        is singular as far as float64 can tell.
 
     Prefer ``marginal_kl`` where its sampling error and the log N ceiling do not matter.
     """
-    mean, covariance = posterior.moments()
-    return Estimate(gaussian_kl(mean, covariance), 0.0, "nats")
+    value = gaussian_kl(*posterior.moments())
+    if math.isinf(value):
+        return Estimate.missing("nats", "the covariance of q_N is singular in float64")
+    return Estimate(value, 0.0, "nats")
