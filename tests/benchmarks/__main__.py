@@ -1,0 +1,7 @@
+"""`python -m tests.benchmarks`: every benchmark, one table after another."""
+
+from __future__ import annotations
+
+from tests.benchmarks import bench_divergence
+
+bench_divergence.main()

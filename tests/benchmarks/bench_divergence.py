@@ -1,0 +1,338 @@
+"""The divergence engine: log q_N(z) beside the broadcast, the chunked matmul and the floor.
+
+Run with `python -m tests.benchmarks.bench_divergence [name ...]`, name one of the keys of
+BENCHMARKS. Prints tables and writes outputs/bench/divergence.json. Codes are drawn to look like
+those of a VAE trained on MNIST: a dozen active dimensions at most, the others at the prior.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vaeq.divergence import marginal_kl, marginals
+from vaeq.posterior import AggregatedPosterior
+
+DRAWS, IMAGES = 10_000, 60_000
+DIMS = (2, 8, 32, 128)
+REPEATS = 5
+OUTPUT = Path("outputs/bench/divergence.json")
+
+
+def codes(n: int, dims: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and log variances, float32: μ of variance 1 − σ², σ as trained VAEs have it."""
+    generator = torch.Generator().manual_seed(seed)
+    active = torch.arange(dims) < 12
+    typical = {2: 0.045, 8: 0.13}.get(dims, 0.18)
+    std = torch.where(active, typical, 0.97) * torch.exp(
+        torch.where(active, 0.4, 0.02) * torch.randn(n, dims, generator=generator)
+    )
+    mean = torch.randn(n, dims, generator=generator) * (1 - std**2).clamp_min(1e-3).sqrt()
+    return mean, 2 * std.log()
+
+
+def seconds(run: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+    """Wall-clock seconds of each repeat, after one that is not counted."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def in_turn(runs: dict[str, tuple[Callable[[], object], float]]) -> dict[str, list[float]]:
+    """Scaled seconds of each run, one after another in every repeat, as machines have moods."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(REPEATS + 1):
+        for name, (run, scale) in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat:  # the first is not counted
+                times[name].append(scale * (time.perf_counter() - start))
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    return {"min": min(times), "median": statistics.median(times), "max": max(times)}
+
+
+def broadcast(z: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """The usual (S, 1, D) − (1, N, D)."""
+    square = (z[:, None] - mean[None]).square() / logvar.exp()[None]
+    log_density = -0.5 * (square + logvar[None] + math.log(2 * math.pi)).sum(2)
+    return torch.logsumexp(log_density, 1) - math.log(len(mean))
+
+
+def chunked(z: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """The expanded square as one matmul a chunk of rows, and logsumexp."""
+    precision = torch.exp(-logvar)
+    constant = -0.5 * (mean.square() * precision + logvar + math.log(2 * math.pi)).sum(1)
+    keys = torch.cat([-0.5 * precision, mean * precision], 1).T.contiguous()
+    parts = [
+        torch.logsumexp(torch.addmm(constant, torch.cat([part.square(), part], 1), keys), 1)
+        for part in z.split(256)
+    ]
+    return torch.cat(parts) - math.log(len(mean))
+
+
+def floor(dims: int) -> None:
+    """As many flops in matmuls, and S·N powers in cache: nothing read, shifted, summed or checked.
+
+    In as many threads as log q_N uses, and with torch.exp2, which is the cheaper of torch's two.
+    """
+    threads, rows, columns = torch.get_num_threads(), 1000, 512
+    tiles = math.ceil(DRAWS * IMAGES / (rows * columns) / threads)
+
+    def work(_: int) -> None:
+        left, right = torch.randn(rows, 2 * dims + 1), torch.randn(2 * dims + 1, columns)
+        logits, powers = torch.empty(rows, columns), torch.rand(128, 512)
+        out = torch.empty_like(powers)
+        for _ in range(tiles):
+            torch.mm(left, right, out=logits)
+            for _ in range(rows * columns // powers.numel()):
+                torch.exp2(powers, out=out)
+
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(work, range(threads)))
+    torch.set_num_threads(threads)
+
+
+def peak_megabytes(dims: int, n: int = IMAGES, draws: int = DRAWS) -> float:
+    """Peak resident memory of log_prob above what its inputs and imports hold, in a new process."""
+    command = [sys.executable, "-m", "tests.benchmarks.bench_divergence", "--peak"]
+    result = subprocess.run(
+        [*command, str(dims), str(n), str(draws)], capture_output=True, text=True, check=True
+    )
+    return float(result.stdout)
+
+
+def report_peak(dims: int, n: int, draws: int) -> None:
+    mean, logvar = codes(n, dims)
+    posterior = AggregatedPosterior(mean, logvar)
+    z, _ = posterior.sample(draws, torch.Generator().manual_seed(1))
+    posterior.log_prob(z[:2])  # libraries load their kernels on the first call
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)  # give back what making the inputs has freed
+            Path("/proc/self/clear_refs").write_text("5")  # and forget the peak it had
+    before = resident_peak()
+    posterior.log_prob(z)
+    sys.stdout.write(f"{resident_peak() - before:.1f}\n")
+
+
+def resident_peak() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(lines[0].split()[1]) / 1024
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def float64_error(posterior: AggregatedPosterior, z: torch.Tensor) -> float:
+    """Largest difference to the broadcast in float64, over the z given."""
+    mean, logvar = posterior.mean.double(), posterior.logvar.double()
+    exact = torch.cat([broadcast(point, mean, logvar) for point in z.double().split(1)])
+    return float((posterior.log_prob(z).double() - exact).abs().max())
+
+
+def bench_log_density() -> list[dict[str, Any]]:
+    say(f"log q_N(z), S = {DRAWS}, N = {IMAGES}, float32; seconds min / median / max of {REPEATS}, "
+        "the four taken in turn; ratios are medians of the turns")  # fmt: skip
+    say(f"{'D':>4} {'vaeq':>20} {'broadcast*':>23} {'chunked*':>20} {'floor':>20} "
+        f"{'/broadcast':>10} {'/chunked':>9} {'of floor':>9} {'peak MB':>8} "
+        f"{'max error':>10}  path")  # fmt: skip
+    rows = []
+    for dims in DIMS:
+        mean, logvar = codes(IMAGES, dims)
+        posterior = AggregatedPosterior(mean, logvar)
+        z, _ = posterior.sample(DRAWS, torch.Generator().manual_seed(1))
+        few, some = max(20, 800 // dims), 500
+        runs: dict[str, tuple[Callable[[], object], float]] = {
+            "vaeq": (lambda: posterior.log_prob(z), 1.0),  # noqa: B023
+            "floor": (lambda: floor(dims), 1.0),  # noqa: B023
+            "broadcast": (lambda: broadcast(z[:few], mean, logvar), DRAWS / few),  # noqa: B023
+            "chunked": (lambda: chunked(z[:some], mean, logvar), DRAWS / some),  # noqa: B023
+        }
+        times = in_turn(runs)
+        row: dict[str, Any] = {"latent_dim": dims, "broadcast_draws": few, "chunked_draws": some}
+        for name in runs:
+            row[name] = summary(times[name])
+            ratios = [other / own for other, own in zip(times[name], times["vaeq"], strict=True)]
+            row[f"{name}_over_vaeq"] = statistics.median(ratios)
+        row["peak_megabytes"] = peak_megabytes(dims)
+        row["max_error"] = float64_error(posterior, z[:50])
+        row["path"] = posterior.path
+        rows.append(row)
+        say(f"{dims:>4} {three(row['vaeq']):>20} {three(row['broadcast']):>23} "
+            f"{three(row['chunked']):>20} {three(row['floor']):>20} "
+            f"{row['broadcast_over_vaeq']:>9.0f}x {row['chunked_over_vaeq']:>8.1f}x "
+            f"{1 / row['floor_over_vaeq']:>8.2f}x {row['peak_megabytes']:>8.0f} "
+            f"{row['max_error']:>10.1e}  {row['path']}")  # fmt: skip
+    slices = ", ".join(f"{row['broadcast_draws']} at D = {row['latent_dim']}" for row in rows)
+    say(f"* extrapolated from fewer z: broadcast {slices}; chunked {rows[0]['chunked_draws']}.\n")
+    return rows
+
+
+def bench_extremes() -> list[dict[str, Any]]:
+    say("float32 codes, narrow and far: largest error against float64 over 200 draws, N = 2000")
+    say(f"{'D':>4} {'std':>8} {'|mean| <=':>9} {'max error':>10}  path")
+    rows = []
+    for dims in (2, 32, 128):
+        for std, reach in ((1e-2, 5.0), (1e-3, 5.0), (1e-4, 50.0)):
+            generator = torch.Generator().manual_seed(0)
+            mean = reach * (2 * torch.rand(2000, dims, generator=generator) - 1)
+            logvar = 2 * math.log(std) + 0.5 * torch.randn(2000, dims, generator=generator)
+            posterior = AggregatedPosterior(mean, logvar)
+            z, _ = posterior.sample(200, generator)
+            row = {
+                "latent_dim": dims, "std": std, "reach": reach,
+                "max_error": float64_error(posterior, z), "path": posterior.path,
+            }  # fmt: skip
+            rows.append(row)
+            say(f"{dims:>4} {std:>8.0e} {reach:>9.0f} {row['max_error']:>10.1e}  {row['path']}")
+    say("")
+    return rows
+
+
+def bench_marginals() -> list[dict[str, Any]]:
+    say(f"one-dimensional quadrature (kl, ks and w2), N = {IMAGES}; error in nats, closed form")
+    say(f"{'D':>4} {'seconds':>20}   {'max error':>10}")
+    rows = []
+    for dims in (2, 8, 32):
+        posterior = AggregatedPosterior(*codes(IMAGES, dims))
+        times = summary(seconds(lambda: marginals(posterior)))  # noqa: B023
+        # Every image alike: q_N,j is one Gaussian, with a KL in closed form.
+        std = torch.logspace(-4, 1, dims, dtype=torch.float64)
+        mean = torch.linspace(-50, 50, dims, dtype=torch.float64)
+        alike = AggregatedPosterior(
+            mean.expand(IMAGES, dims).contiguous(),
+            (2 * std.log()).expand(IMAGES, dims).contiguous(),
+        )
+        truth = 0.5 * (mean**2 + std**2 - 1) - std.log()
+        error = float(
+            (torch.tensor(marginals(alike)["kl"], dtype=torch.float64) - truth).abs().max()
+        )
+        rows.append({"latent_dim": dims, "seconds": times, "max_error": error})
+        say(f"{dims:>4} {three(times):>20}   {error:>10.1e}")
+    say("")
+    return rows
+
+
+def bench_coverage() -> list[dict[str, Any]]:
+    from tests.test_decomposition import TARGETS
+
+    repeats, draws = 200, 500
+    say(f"coverage of ±2 s.e. of marginal_kl (= of MI and TC), {repeats} repeats, S = {draws}; "
+        "95.4% is nominal, with a binomial sd of 1.5%")  # fmt: skip
+    rows = []
+    for name, posterior in TARGETS.items():
+        truth = math.fsum(marginals(posterior)["kl"])
+        found = [
+            marginal_kl(posterior, draws, torch.Generator().manual_seed(seed))
+            for seed in range(repeats)
+        ]
+        offsets = [((e.value or 0.0) - truth) / (e.std_error or math.nan) for e in found]
+        row = {
+            "target": name, "n": posterior.n, "latent_dim": posterior.latent_dim, "truth": truth,
+            "coverage": sum(abs(z) <= 2 for z in offsets) / repeats,
+            "mean_z": statistics.mean(offsets), "sd_z": statistics.stdev(offsets),
+        }  # fmt: skip
+        rows.append(row)
+        say(f"  {name:<18} N = {row['n']:>3}, D = {row['latent_dim']}: {row['coverage']:6.1%}, "
+            f"z = {row['mean_z']:+.2f} ± {row['sd_z']:.2f}")  # fmt: skip
+    say("")
+    return rows
+
+
+def bench_large() -> list[dict[str, Any]]:
+    say("large codes: log q_N of 1000 draws, seconds once, and peak MB above the inputs")
+    rows = []
+    for n, dims in ((1_000_000, 32), (100_000, 512)):
+        posterior = AggregatedPosterior(*codes(n, dims))
+        z, _ = posterior.sample(1000, torch.Generator().manual_seed(1))
+        start = time.perf_counter()
+        posterior.log_prob(z)
+        elapsed = time.perf_counter() - start
+        del posterior
+        row = {"n": n, "latent_dim": dims, "seconds": elapsed,
+               "peak_megabytes": peak_megabytes(dims, n, 1000)}  # fmt: skip
+        rows.append(row)
+        say(f"  N = {n:>7}, D = {dims:>3}: {elapsed:6.2f} s, {row['peak_megabytes']:.0f} MB")
+    say("")
+    return rows
+
+
+def bench_panel() -> list[dict[str, Any]]:
+    import vaeq
+
+    say(f"the full panel, N = {IMAGES}, D = 32, 10000 held-out images, no flow; seconds")
+    mean, logvar = codes(IMAGES, 32)
+    test_mean, test_logvar = codes(10_000, 32, seed=1)
+    labels = torch.arange(IMAGES) % 10
+    times = summary(
+        seconds(lambda: vaeq.measure(mean, logvar, test_mean, test_logvar, labels, flow=False), 2)
+    )
+    say(f"  {three(times)}\n")
+    return [{"n": IMAGES, "latent_dim": 32, "flow": False, "seconds": times}]
+
+
+BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "log_density": bench_log_density,
+    "extremes": bench_extremes,
+    "marginals": bench_marginals,
+    "coverage": bench_coverage,
+    "large": bench_large,
+    "panel": bench_panel,
+}
+
+
+def three(times: dict[str, float]) -> str:
+    return " / ".join(f"{times[name]:.3g}" for name in ("min", "median", "max"))
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main(names: list[str] | None = None) -> None:
+    machine = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    say(", ".join(f"{name} {value}" for name, value in machine.items()) + "\n")
+    results: dict[str, Any] = {"machine": machine}
+    for name in names or list(BENCHMARKS):
+        results[name] = BENCHMARKS[name]()
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    if OUTPUT.exists():  # what is not measured anew is kept
+        results = json.loads(OUTPUT.read_text()) | results
+    OUTPUT.write_text(json.dumps(results, indent=2) + "\n")
+    say(f"written to {OUTPUT}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peak"]:
+        report_peak(*(int(value) for value in sys.argv[2:5]))
+    else:
+        main(sys.argv[1:])
