@@ -12,7 +12,8 @@ from vaeq.data import Images
 from vaeq.elbo import gaussian_kl, reconstruction
 from vaeq.errors import TrainingDiverged
 from vaeq.model import VAE
-from vaeq.train import HISTORY_COLUMNS, State, derive_seed, evaluate, fit
+from vaeq.seeds import derive_seed
+from vaeq.train import HISTORY_COLUMNS, State, evaluate, fit
 
 
 def fresh(learning_rate: float = 1e-3, seed: int = 0) -> State:

@@ -35,7 +35,7 @@ def mlp(
 ) -> nn.Sequential:
     """Linear layers of the given sizes with the activation between them, none after the last.
 
-    ``initialization`` is ``he_glorot`` (He before a rectifier, else Glorot; no biases) or ``torch``,
+    ``initialization`` is ``he_glorot`` (He before a rectifier, else Glorot; biases 0) or ``torch``,
     the default of torch.nn.Linear: weights and biases uniform within ±1/√fan_in, a sixth of He's
     variance. It is no detail: with many latent dimensions it decides how many of them collapse.
     """

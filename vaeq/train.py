@@ -6,7 +6,6 @@ is resumed after any epoch gives the same bits as one that was never interrupted
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from vaeq.data import Images, epoch_batches
 from vaeq.elbo import gaussian_kl, reconstruction
 from vaeq.errors import TrainingDiverged
 from vaeq.model import VAE
+from vaeq.seeds import derive_seed
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -48,15 +48,6 @@ class State:
     def epoch(self) -> int:
         """Epochs done."""
         return len(self.history)
-
-
-def derive_seed(seed: int, *purpose: str | int) -> int:
-    """An independent 63-bit seed for each purpose of a run, from SHA-256.
-
-    Consecutive seeds and epochs must not give related streams, as seed + epoch would.
-    """
-    text = ":".join(str(word) for word in (seed, *purpose))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def fit(
