@@ -142,7 +142,7 @@ def test_early_stopping_keeps_the_best_weights(small: Images) -> None:
 
 def test_a_loss_that_is_no_number_names_its_epoch(small: Images) -> None:
     with pytest.raises(TrainingDiverged, match="not finite in epoch 1") as caught:
-        train(small, fresh(10.0), learning_rate=10.0, beta=1e6, epochs=5)
+        train(small, fresh(), learning_rate=1e6, epochs=5)
     assert caught.value.epoch == 1
 
 
