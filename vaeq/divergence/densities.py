@@ -1,0 +1,324 @@
+"""Normalized densities r(z) fitted to codes: E_q[log r − log p] is a lower bound of KL(q ‖ p).
+
+Gaussian, Gaussian mixtures by stepwise EM (Cappé & Moulines 2009), mixtures of every image's own
+posterior shrunk towards and smoothed by its cluster (West 1993), and stacks Σ_k w_k r_k of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from vaeq.errors import InputError
+from vaeq.log_density import MixtureLogDensity
+from vaeq.posterior import AggregatedPosterior
+
+_LOG_2PI = math.log(2 * math.pi)
+# A covariance of D(D+1)/2 numbers a component pays up to here; beyond, components are diagonal.
+FULL_MIXTURE_DIMS = 40
+# In each component's covariance: this many images' worth of 0.15 times the overall covariance.
+_PRIOR_IMAGES = 10.0
+_PRIOR_SCALE = 0.15
+_TILE = 1 << 22
+
+
+class Density(Protocol):
+    """A density on R^D that integrates to one."""
+
+    @property
+    def name(self) -> str:
+        """What it is, as tables show it."""
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """log r(z) of z (S, D) in nats, float64, shape (S,)."""
+
+
+class Gaussian:
+    """N(m, C)."""
+
+    def __init__(self, name: str, mean: torch.Tensor, covariance: torch.Tensor) -> None:
+        self.name = name
+        self._mean = mean.double()
+        self._factor = torch.linalg.cholesky(covariance.double())
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """log N(z; m, C)."""
+        offset = (z.double() - self._mean).T
+        white = torch.linalg.solve_triangular(self._factor, offset, upper=False)
+        log_det = 2 * self._factor.diagonal().log().sum()
+        return -0.5 * (white.square().sum(0) + log_det + len(offset) * _LOG_2PI)
+
+
+class Chart:
+    """Coordinates for the fits: active dimensions standardized, the others N(mean, variance) each.
+
+    A dimension is active where the means carry over 1 % of its variance. The others hold no
+    structure worth a parameter, and a density need not be right to be normalized.
+    """
+
+    def __init__(self, posterior: AggregatedPosterior) -> None:
+        mean, covariance = posterior.moments()
+        within = torch.zeros_like(mean)
+        for _, logvar in posterior.chunks():
+            within += logvar.exp().sum(0)
+        variance = covariance.diagonal()
+        active = within / posterior.n < 0.99 * variance
+        self._mean = mean.to(posterior.device)
+        self._std = variance.sqrt().to(posterior.device)
+        self.active = active.nonzero()[:, 0].to(posterior.device)
+        self._passive = (~active).nonzero()[:, 0].to(posterior.device)
+
+    @property
+    def dims(self) -> int:
+        """Number of active dimensions."""
+        return len(self.active)
+
+    def codes(self, posterior: AggregatedPosterior) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log variance of every image in the active coordinates, float32."""
+        std = self._std[self.active]
+        mean = (posterior.mean[:, self.active] - self._mean[self.active]) / std
+        logvar = posterior.logvar[:, self.active] - 2 * std.log()
+        return mean.float(), logvar.float()
+
+    def split(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Active coordinates of z, and the log density of the rest with the Jacobian's term."""
+        x = (z.double() - self._mean) / self._std
+        rest = x[:, self._passive]
+        log_rest = -0.5 * (rest.square().sum(1) + rest.shape[1] * _LOG_2PI)
+        return x[:, self.active], log_rest - self._std.log().sum()
+
+
+class Charted:
+    """A density of the active coordinates, extended to all of R^D by its chart."""
+
+    def __init__(self, name: str, chart: Chart, inner: Density) -> None:
+        self.name = name
+        self.inner = inner
+        self._chart = chart
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """log r(x_active) + Σ_passive log N + log |Jacobian|."""
+        x, log_rest = self._chart.split(z)
+        return self.inner.log_prob(x) + log_rest
+
+
+class GaussianMixture:
+    """Σ_k w_k N(m_k, C_k), C_k full (K, d, d) or diagonal (K, d)."""
+
+    def __init__(
+        self, name: str, weight: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor
+    ) -> None:
+        self.name = name
+        self.weight = weight
+        self.mean = mean
+        self.covariance = covariance
+        self.natural = _natural(weight.log(), mean, covariance)
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """log Σ_k w_k N(z; m_k, C_k)."""
+        return torch.cat([part.logsumexp(1) for part in self._joint(z)])
+
+    def assign(self, z: torch.Tensor) -> torch.Tensor:
+        """The component most responsible for each z (S, d), shape (S,)."""
+        return torch.cat([part.argmax(1) for part in self._joint(z)])
+
+    def _joint(self, z: torch.Tensor) -> list[torch.Tensor]:
+        diagonal = self.covariance.ndim == 2
+        rows = max(1, _TILE // sum(self.natural.shape))
+        return [features(part.double(), diagonal) @ self.natural for part in z.split(rows)]
+
+
+class SmoothedMixture:
+    """1/n Σᵢ N(m_k + √(1−h²)(μᵢ − m_k), diag(σᵢ² + h² C_k)), k = k(i) the cluster of image i.
+
+    Every training image keeps a component. h² = 0 is q_N itself, h² = 1 the mixture of the
+    clusters, without their correlations; in between each posterior is widened along its cluster
+    and drawn to its centre, so that the cluster's variances stay what they were (West 1993).
+    """
+
+    def __init__(
+        self, smoothing: float, clusters: GaussianMixture, mean: torch.Tensor, logvar: torch.Tensor
+    ) -> None:
+        self.name = f"smoothed training mixture, h2 = {smoothing:g}"
+        which = clusters.assign(mean)
+        centre = clusters.mean[which].to(mean.dtype)
+        spread = clusters.covariance
+        if spread.ndim == 3:
+            spread = spread.diagonal(dim1=1, dim2=2)
+        variance = logvar.double().exp() + smoothing * spread[which]
+        self._mixture = MixtureLogDensity(
+            centre + math.sqrt(1 - smoothing) * (mean - centre), variance.log().to(mean.dtype)
+        )
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """log of the average of the widened posteriors at z (S, d)."""
+        return self._mixture(z).double()
+
+
+class Stack:
+    """Σ_k w_k r_k(z), a convex combination of densities and so a density."""
+
+    def __init__(self, name: str, densities: Sequence[Density], weight: torch.Tensor) -> None:
+        self.name = name
+        self.densities = list(densities)
+        self.weight = weight
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """log Σ_k w_k r_k(z)."""
+        return self.combine(torch.stack([r.log_prob(z) for r in self.densities], 1))
+
+    def combine(self, log_densities: torch.Tensor) -> torch.Tensor:
+        """The same from the log densities of the parts, (S, K)."""
+        return (log_densities + self.weight.log()).logsumexp(1)
+
+
+def stack_weights(log_densities: torch.Tensor, iterations: int = 1000) -> torch.Tensor:
+    """Weights w (K,) that maximize the mean of log Σ_k w_k r_k over the rows, by EM.
+
+    The objective is concave in w, so EM from the uniform weights reaches its maximum.
+
+    Args:
+        log_densities: log r_k(z_s) on points that no r_k was fitted to, (S, K).
+        iterations: of EM; what is left to gain falls as 1/iterations.
+    """
+    count = log_densities.shape[1]
+    weight = log_densities.new_full((count,), 1 / count)
+    for _ in range(iterations):
+        weight = (log_densities + weight.log()).softmax(1).mean(0)
+    return weight
+
+
+def features(z: torch.Tensor, diagonal: bool) -> torch.Tensor:
+    """[1, z, z²] or [1, z, z_i z_j (i <= j)]: a Gaussian's log density is linear in them."""
+    if diagonal:
+        square = z.square()
+    else:
+        row, column = torch.triu_indices(z.shape[1], z.shape[1], device=z.device)
+        square = z[:, row] * z[:, column]
+    return torch.cat([torch.ones_like(z[:, :1]), z, square], 1)
+
+
+def _natural(
+    log_weight: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor
+) -> torch.Tensor:
+    """Coefficients (F, K) of log w_k + log N(z; m_k, C_k) on features(z)."""
+    dims = mean.shape[1]
+    if covariance.ndim == 2:
+        precision = 1 / covariance
+        linear = precision * mean
+        square = -0.5 * precision
+        log_det = covariance.log().sum(1)
+    else:
+        factor = torch.linalg.cholesky(covariance)
+        inverse = torch.cholesky_inverse(factor)
+        linear = (inverse @ mean[:, :, None])[:, :, 0]
+        log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        row, column = torch.triu_indices(dims, dims, device=mean.device)
+        square = torch.where(row == column, -0.5, -1.0) * inverse[:, row, column]
+    constant = log_weight - 0.5 * (log_det + (mean * linear).sum(1) + dims * _LOG_2PI)
+    return torch.cat([constant[:, None], linear, square], 1).T.contiguous()
+
+
+def draw(
+    mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """One z ~ N(mean, diag exp(logvar)) for every row."""
+    source = mean.device if generator is None else generator.device
+    noise = torch.randn(mean.shape, generator=generator, device=source, dtype=mean.dtype)
+    return mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
+
+
+def fit_gaussian_mixture(
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+    components: int,
+    *,
+    diagonal: bool,
+    passes: float = 4,
+    batch: int = 4096,
+    generator: torch.Generator | None = None,
+) -> GaussianMixture:
+    """Fit Σ_k w_k N(m_k, C_k) to z ~ q_N by stepwise EM, each batch with fresh draws of z.
+
+    The sufficient statistics of all components are one matrix product of the responsibilities with
+    :func:`features`; their running average forgets at the rate (t + 2)^-0.6. Redrawing z at every
+    visit uses what is known of each image, its whole posterior, and keeps the components from
+    fitting the noise.
+
+    Args:
+        mean, logvar: codes (n, d), about standardized, float32.
+        components: K >= 1, at most n.
+        diagonal: C_k diagonal.
+        passes: over the codes.
+        batch: images in a step.
+        generator: source of randomness.
+    """
+    images, dims = mean.shape
+    if not 1 <= components <= images:
+        raise InputError(f"components must be in [1, {images}], got {components}.")
+    source = mean.device if generator is None else generator.device
+
+    def permutation(count: int) -> torch.Tensor:
+        return torch.randperm(count, generator=generator, device=source).to(mean.device)
+
+    # Some draws for the overall covariance, and for Lloyd's algorithm, where to begin.
+    start = permutation(images)[: max(components, 10_000)]
+    some = draw(mean[start], logvar[start], generator)
+    centred = (some - some.mean(0)).double()
+    # Images in a plane: the draws alone need not span all directions.
+    if diagonal:
+        scatter = centred.square().mean(0) + 1e-6
+    else:
+        scatter = centred.T @ centred / len(centred)
+        scatter.diagonal().add_(1e-6)
+
+    centres = some[:components].clone()
+    for _ in range(5):
+        nearest = torch.cdist(some, centres).argmin(1)
+        count = torch.bincount(nearest, minlength=components)
+        total = torch.zeros_like(centres).index_add_(0, nearest, some)
+        centres = torch.where((count > 0)[:, None], total / count.clamp_min(1)[:, None], centres)
+    nearest = torch.cdist(some, centres).argmin(1)
+    width = features(some[:1], diagonal).shape[1]
+    statistics = torch.zeros(components, width, device=mean.device)
+    statistics.index_add_(0, nearest, features(some, diagonal))
+    statistics /= len(some)
+
+    def maximize(statistics: torch.Tensor) -> GaussianMixture:
+        moments = statistics.double()
+        share = moments[:, :1]
+        found = moments[:, 1:] / share.clamp_min(1e-12)
+        centre, square = found[:, :dims], found[:, dims:]
+        count = images * share
+        if diagonal:
+            spread = square - centre.square()
+        else:
+            row, column = torch.triu_indices(dims, dims, device=mean.device)
+            spread = square.new_empty(components, dims, dims)
+            spread[:, row, column] = square
+            spread[:, column, row] = square
+            spread = spread - centre[:, :, None] * centre[:, None, :]
+            count = count[:, :, None]
+        spread = (count * spread + _PRIOR_IMAGES * _PRIOR_SCALE * scatter) / (count + _PRIOR_IMAGES)
+        weight = (images * share[:, 0] + 1) / (images * share.sum() + components)
+        kind = "diagonal" if diagonal else "full"
+        return GaussianMixture(f"{components} {kind} Gaussians", weight, centre, spread)
+
+    mixture = maximize(statistics)
+    batch = min(batch, images)
+    steps = max(1, round(passes * images / batch))
+    order = permutation(images)
+    for step in range(steps):
+        if len(order) < batch:
+            order = torch.cat([order, permutation(images)])
+        members, order = order[:batch], order[batch:]
+        z = features(draw(mean[members], logvar[members], generator), diagonal)
+        joint = z @ mixture.natural.float()
+        seen = torch.softmax(joint, 1).T @ z / batch
+        rate = (step + 2) ** -0.6
+        statistics = (1 - rate) * statistics + rate * seen
+        mixture = maximize(statistics)
+    return mixture
