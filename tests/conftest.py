@@ -54,7 +54,7 @@ def tiny(tmp_path: Path) -> RunConfig:
         outputs=str(tmp_path / "outputs"),
         device="cpu",
         data=DataConfig(n_train=600, n_test=200),
-        measure=MeasureConfig(n_samples=200),
+        measure=MeasureConfig(panel="decomposition", n_samples=200),
     )
 
 
@@ -65,6 +65,7 @@ TINY = (
     "decoder_width=16",
     "data.n_train=600",
     "data.n_test=200",
+    "measure.panel=decomposition",
     "measure.n_samples=200",
 )
 

@@ -69,7 +69,7 @@ def test_a_sweep_with_one_illegal_value_starts_no_job(
         ("~beta", "beta cannot be removed"),
         ("foo", "'foo' is not an override; write key=value"),
         ("x=(", "is not an override"),
-        ("measure=full", r"did you mean measure\.n_samples\?"),
+        ("measure=full", r"did you mean measure\.panel\?"),
         ("n_jobs=2", "n_jobs is not a setting of vaeq train"),
         ("qqqqq=2", r"qqqqq is not a setting of vaeq train; vaeq train --help"),
         ("beta=interval(0,1)", "is no list of values"),
@@ -112,7 +112,7 @@ def test_an_outputs_folder_that_cannot_be_written(vaeq: Run, tmp_path: Path) -> 
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "outputs=file/below/smoke cannot be written" in done.stderr
-        assert "choose another folder with outputs=DIR" in done.stderr
+        assert "choose another place with outputs=..." in done.stderr
         assert os.listdir(tmp_path) == ["file"]
 
 
@@ -120,7 +120,7 @@ def test_a_misspelt_command_and_the_overview(vaeq: Run, tmp_path: Path) -> None:
     assert "did you mean vaeq sweep?" in refused(vaeq("swep"), tmp_path)
     overview = vaeq(check=True).stdout
     assert overview == vaeq("--help", check=True).stdout
-    for command in ("train", "sweep", "report"):
+    for command in ("train", "sweep", "report", "measure"):
         assert f"vaeq {command}" in overview
 
 
@@ -147,7 +147,7 @@ def test_completion_knows_commands_settings_and_presets(vaeq: Run) -> None:
         done = vaeq("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)), check=True)
         return done.stdout.split()
 
-    assert complete("vaeq ") == ["train", "sweep", "report"]
+    assert complete("vaeq ") == ["train", "sweep", "report", "measure"]
     assert complete("vaeq sw") == ["sweep"]
     assert complete("vaeq train laten") == ["latent_dim="]
     assert "experiment=finding" in complete("vaeq sweep experiment=")

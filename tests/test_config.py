@@ -102,5 +102,5 @@ def test_a_sweep_config_gives_its_run_config() -> None:
 
 def test_every_key_is_described() -> None:
     keys = keys_of(SweepConfig)
-    assert {"latent_dim", "data.binarize", "measure.n_samples", "n_jobs"} <= keys.keys()
+    assert {"latent_dim", "data.binarize", "measure.panel", "n_jobs"} <= keys.keys()
     assert all(len(spec.help) > 10 for spec, _, _ in keys.values())

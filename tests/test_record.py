@@ -151,7 +151,7 @@ def test_files_have_the_permissions_of_the_users_umask(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot be written .*outputs=DIR"):
+    with pytest.raises(InputError, match=r"cannot be written .*with outputs="):
         require_writable(tmp_path / "file" / "outputs")
     require_writable(tmp_path / "new" / "folder")
     assert os.listdir(tmp_path / "new" / "folder") == []

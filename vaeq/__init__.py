@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vaeq.measure import Measurement, measure
+    from vaeq.measurement import Measurement, measure
 
 __version__ = "0.1.0"
 __all__ = ["Measurement", "__version__", "measure"]
@@ -14,10 +14,7 @@ __all__ = ["Measurement", "__version__", "measure"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that `vaeq --help` and `vaeq report` start without importing torch.
     if name in ("Measurement", "measure"):
-        import importlib
+        import vaeq.measurement
 
-        module = importlib.import_module("vaeq.measure")
-        # The submodule import binds vaeq.measure to the module; the name belongs to the function.
-        globals().update(measure=module.measure, Measurement=module.Measurement)
-        return globals()[name]
+        return getattr(vaeq.measurement, name)
     raise AttributeError(f"module 'vaeq' has no attribute {name!r}")

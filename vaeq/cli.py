@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "fit one VAE and measure it",
     "sweep": "fit every combination of the values given; finished runs are skipped",
     "report": "table, verdict and pictures of the runs in a folder",
+    "measure": "measure the codes of any VAE, trained anywhere",
 }
 EXAMPLES = {
     "train": ("vaeq train", "vaeq train latent_dim=8 encoder_depth=3 seed=1"),
@@ -29,6 +30,7 @@ EXAMPLES = {
         "vaeq sweep experiment=finding",
         "vaeq sweep experiment=width n_jobs=1 epochs=5",
     ),
+    "measure": ("vaeq measure codes=codes.npz output=codes.json",),
     "report": ("vaeq report", "vaeq report runs=outputs/finding output=/tmp/finding"),
 }
 BAD_INPUT = 2
@@ -186,7 +188,42 @@ def _report(cfg: DictConfig) -> None:
     write_report([runs], Path(config.output or runs), console)
 
 
-TASKS: dict[str, Callable[[Any], None]] = {"train": _train, "report": _report}
+def _measure(cfg: DictConfig) -> None:
+    import warnings
+
+    from vaeq.compose import typed
+    from vaeq.config import CodesConfig
+    from vaeq.pool import available_cores
+
+    config = typed(cfg, CodesConfig)
+    assert config.codes is not None
+    import torch
+
+    from vaeq.codes import CodesWarning, measure_file
+
+    torch.set_num_threads(config.threads or available_cores())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CodesWarning)
+        found = measure_file(
+            config.codes,
+            config.output,
+            n_samples=config.n_samples,
+            seed=config.seed,
+            panel=config.panel,
+            flow=config.flow,
+        )
+    for warning in caught:
+        print(f"vaeq: warning: {warning.message}", file=sys.stderr)  # noqa: T201
+    print(found)  # noqa: T201
+    if config.output is not None:
+        print(f"written to {config.output}")  # noqa: T201
+
+
+TASKS: dict[str, Callable[[Any], None]] = {
+    "train": _train,
+    "report": _report,
+    "measure": _measure,
+}
 
 
 def _complete(arguments: list[str]) -> None:

@@ -14,11 +14,15 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from vaeq.config import ReportConfig, RunConfig, SweepConfig, keys_of, out_of_range
+from vaeq.config import CodesConfig, ReportConfig, RunConfig, SweepConfig, keys_of, out_of_range
 from vaeq.errors import InputError
 
-SCHEMAS: dict[str, type] = {"train": RunConfig, "sweep": SweepConfig, "report": ReportConfig}
-_STORED = {"run_schema": RunConfig, "sweep_schema": SweepConfig, "report_schema": ReportConfig}
+SCHEMAS: dict[str, type] = {
+    "train": RunConfig,
+    "sweep": SweepConfig,
+    "report": ReportConfig,
+    "measure": CodesConfig,
+}
 _GROUPS = ("data", "experiment")
 
 C = TypeVar("C")
@@ -26,14 +30,14 @@ C = TypeVar("C")
 
 def register_schemas() -> None:
     """Put the schemas where the defaults lists of ``configs/*.yaml`` find them."""
-    for name, schema in _STORED.items():
+    for command, schema in SCHEMAS.items():
         # A frozen dataclass gives a read-only node; overrides must still be able to set it.
         node = OmegaConf.structured(schema)
         OmegaConf.set_readonly(node, None)
         for child in node.values():
             if isinstance(child, DictConfig):
                 OmegaConf.set_readonly(child, None)
-        ConfigStore.instance().store(name=name, node=node, provider="vaeq")
+        ConfigStore.instance().store(name=f"{command}_schema", node=node, provider="vaeq")
 
 
 def typed(cfg: DictConfig, schema: type[C]) -> C:

@@ -137,6 +137,12 @@ class DataConfig:
 class MeasureConfig:
     """How closely the aggregated posterior is looked at after training."""
 
+    panel: str = key(
+        "bracket",
+        "decomposition: that of the average KL, exact; bracket: and the certified bracket of the "
+        "population's; full: and two-sample tests, reverse KL and curves",
+        choices=("decomposition", "bracket", "full"),
+    )
     n_samples: int = key(
         10_000,
         "Monte Carlo samples of the aggregated posterior",
@@ -144,6 +150,7 @@ class MeasureConfig:
         low=2,
         high=10_000_000,
     )
+    flow: bool = key(False, "also fit a neural spline flow for the lower bound (needs vaeq[flow])")
 
     def __post_init__(self) -> None:
         check(self, "measure.")
@@ -232,6 +239,28 @@ class SweepConfig(RunConfig):
         """The settings of one run, without those of the sweep around it."""
         names = [item.name for item in dataclasses.fields(RunConfig)]
         return RunConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class CodesConfig(MeasureConfig):
+    """Anybody's codes: where they are, and how closely to look."""
+
+    panel: str = key(
+        "full",
+        "decomposition, bracket or full, as for vaeq train",
+        choices=("decomposition", "bracket", "full"),
+    )
+    codes: str | None = key(
+        None, "a .npz, a .safetensors or a folder of .npy files with mean, logvar, ..."
+    )
+    output: str | None = key(None, "JSON file that receives the numbers; null: print only")
+    seed: int = key(0, "seed of everything that is drawn", low=0, high=2**31 - 1)
+    threads: int | None = key(None, "CPU threads; null: all cores", low=1, high=1024)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.codes is None:
+            raise InputError("codes is missing; give codes=FILE.npz (see vaeq measure --help).")
 
 
 @dataclass(frozen=True)

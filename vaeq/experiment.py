@@ -20,7 +20,7 @@ from vaeq.config import RunConfig, config_hash, run_name
 from vaeq.data import Images, load_images
 from vaeq.elbo import held_out_elbo
 from vaeq.errors import InputError, VaeqError
-from vaeq.measure import measure
+from vaeq.measurement import measure
 from vaeq.model import VAE, encode_all
 from vaeq.progress import Event
 from vaeq.record import (
@@ -35,7 +35,8 @@ from vaeq.record import (
     write_record,
     write_status,
 )
-from vaeq.train import State, derive_seed, fit
+from vaeq.seeds import derive_seed
+from vaeq.train import State, fit
 
 Notify = Callable[[Event], None]
 # Samples of q(z|x) kept for the pictures of the report.
@@ -212,8 +213,13 @@ def _measure(
     found = measure(
         mean,
         logvar,
+        test_mean,
+        test_logvar,
+        images.train_labels,
         n_samples=config.measure.n_samples,
         seed=derive_seed(config.seed, "codes"),
+        panel=config.measure.panel,
+        flow=config.measure.flow,
     ).to_dict()
     kept = slice(_KEPT_SAMPLES)
     noise = torch.randn(mean[kept].shape, generator=generator, device=mean.device)
@@ -235,6 +241,7 @@ def _measure(
         history=columns(state.history),
         estimates={name: value.to_dict() for name, value in elbo.items()} | found["estimates"],
         per_dimension=found["per_dimension"],
+        curves=found["curves"],
         settings=found["settings"],
     )
 

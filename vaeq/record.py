@@ -78,16 +78,20 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.close(folder)
 
 
-def require_writable(folder: Path) -> None:
-    """Make ``folder`` and prove that files can be written there, before hours of training."""
+def require_writable(folder: Path, setting: str | None = None) -> None:
+    """Make ``folder`` and prove that files can be written there, before hours of training.
+
+    ``setting`` is the override that named it, for the message: ``outputs=FOLDER`` unless given.
+    """
+    setting = setting or f"outputs={folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"outputs={folder} cannot be written ({error.strerror or error}); "
-            "choose another folder with outputs=DIR."
+            f"{setting} cannot be written ({error.strerror or error}); "
+            f"choose another place with {setting.partition('=')[0]}=..."
         ) from None
 
 
@@ -95,7 +99,7 @@ def write_status(directory: Path, state: str, epoch: int, epochs: int, **more: A
     """``status.json``: what a person or a report sees of a run that has no record yet."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     status = {"state": state, "epoch": epoch, "epochs": epochs, "updated_at": now, **more}
-    write_atomic(directory / STATUS, _dump(status))
+    write_atomic(directory / STATUS, dump(status))
 
 
 def write_config(directory: Path, config: RunConfig) -> None:
@@ -117,7 +121,7 @@ def write_record(directory: Path, record: RunRecord) -> None:
     content = asdict(record)
     if record.failure is None:
         del content["failure"]
-    write_atomic(directory / RECORD, _dump(content))
+    write_atomic(directory / RECORD, dump(content))
 
 
 def read_record(path: Path) -> RunRecord:
@@ -161,5 +165,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _dump(content: Mapping[str, Any]) -> str:
+def dump(content: Mapping[str, Any]) -> str:
+    """The content as strict JSON text."""
     return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
