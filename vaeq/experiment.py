@@ -96,8 +96,6 @@ def run(config: RunConfig, notify: Notify, threads: int) -> RunRecord:
         TrainingDiverged: the loss is not finite; the run is recorded as failed.
     """
     torch.set_num_threads(threads)
-    # Adam's moments of pixels that are never lit decay into denormals, which cost 100 cycles each.
-    torch.set_flush_denormal(True)
     directory = run_directory(config)
     found = complete_record(directory, config)
     if found is not None:
@@ -177,21 +175,26 @@ def _train(
 
     write_status(directory, "running", first, config.epochs)
     event("start", first, 0)
-    fit(
-        state,
-        images,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        seed=config.seed,
-        beta=config.beta,
-        kl_warmup_epochs=config.kl_warmup_epochs,
-        schedule=config.schedule,
-        early_stopping=config.early_stopping,
-        bf16=config.precision == "bf16",
-        on_images=on_images,
-        on_epoch=on_epoch,
-    )
+    # Adam's moments of pixels that are never lit decay into denormals, which cost 100 cycles each.
+    torch.set_flush_denormal(True)
+    try:
+        fit(
+            state,
+            images,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+            beta=config.beta,
+            kl_warmup_epochs=config.kl_warmup_epochs,
+            schedule=config.schedule,
+            early_stopping=config.early_stopping,
+            bf16=config.precision == "bf16",
+            on_images=on_images,
+            on_epoch=on_epoch,
+        )
+    finally:
+        torch.set_flush_denormal(False)
     save_checkpoint(directory, state, identity, final=True)
 
 
