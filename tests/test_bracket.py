@@ -313,7 +313,7 @@ def test_densities_of_pairs_survive_narrow_codes(sigma: float, offset: float) ->
     mean = offset + normal(source, 5, 3)
     logvar = torch.full_like(mean, 2 * math.log(sigma))
     z = mean + sigma * normal(source, 5, 3)
-    found = module._pair_log_densities(z, mean, logvar)
+    found = module._Pairs(AggregatedPosterior(mean, logvar)).log_density(z)
     expected = torch.distributions.Normal(mean, sigma).log_prob(z[:, None]).sum(2)
     own = torch.arange(5)
     torch.testing.assert_close(found[own, own], expected[own, own], rtol=0, atol=1e-3)

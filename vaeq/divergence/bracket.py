@@ -43,7 +43,7 @@ _DRAWS = 20_000
 _MOST_DRAWS = 16
 # Fewer images than this get the Gaussian alone.
 _FEWEST_IMAGES = 20
-_ENSEMBLE = 6
+_ENSEMBLE = 4
 _SMOOTHING = (0.0, 0.02, 0.1, 0.3)
 # Parts of the stack with less weight than this are left out of it.
 _SMALLEST_WEIGHT = 0.01
@@ -331,18 +331,36 @@ def _fit(
     return candidates
 
 
-def _pair_log_densities(z: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """log q(z_a|x_b), (S, M), float64, by the expanded square unless that would cancel."""
-    precision = torch.exp(-logvar)
-    constant = -0.5 * (logvar.sum(1) + z.shape[1] * _LOG_2PI)
-    if float((mean.square() * precision).sum(1).max()) < 1e11:  # 3 · 2⁻⁵³ of it is 4e-5 nats
-        keys = torch.cat([-0.5 * precision, mean * precision], 1)
-        constant = constant - 0.5 * (mean.square() * precision).sum(1)
-        return torch.addmm(constant, torch.cat([z.square(), z], 1), keys.T)
-    result = constant.expand(len(z), len(mean)).clone()
-    for j in range(z.shape[1]):
-        result -= 0.5 * (z[:, j, None] - mean[:, j]).square() * precision[:, j]
-    return result
+class _Pairs:
+    """log q(z_a|x_b) of many z, (S, M), float64, by the expanded square unless that would cancel.
+
+    In centred coordinates: what cancels is the distance from the origin.
+    """
+
+    def __init__(self, posterior: AggregatedPosterior) -> None:
+        self._origin = posterior.mean.double().mean(0)
+        self._mean = posterior.mean.double() - self._origin
+        logvar = posterior.logvar.double()
+        self._precision = torch.exp(-logvar)
+        square = (self._mean.square() * self._precision).sum(1)
+        self._constant = -0.5 * (logvar.sum(1) + logvar.shape[1] * _LOG_2PI)
+        self._keys: torch.Tensor | None = None
+        if float(square.max()) < 1e11:  # 3 · 2⁻⁵³ of it is 4e-5 nats
+            self._keys = torch.cat([-0.5 * self._precision, self._mean * self._precision], 1).T
+            self._constant -= 0.5 * square
+
+    def log_density(self, z: torch.Tensor) -> torch.Tensor:
+        """Every z of (S, D) under every image."""
+        centred = z.double() - self._origin
+        if self._keys is not None:
+            return torch.addmm(
+                self._constant, torch.cat([centred.square(), centred], 1), self._keys
+            )
+        result = self._constant.expand(len(z), len(self._mean)).clone()
+        for j in range(z.shape[1]):
+            offset = centred[:, j, None] - self._mean[:, j]
+            result -= 0.5 * offset.square() * self._precision[:, j]
+        return result
 
 
 def _upper_bounds(
@@ -359,20 +377,17 @@ def _upper_bounds(
     log λ.
     """
     count, draws = posterior.n, len(points)
-    # In centred coordinates: what cancels in the expanded square is the distance from the origin.
-    origin = posterior.mean.double().mean(0)
-    mean, logvar = posterior.mean.double() - origin, posterior.logvar.double()
+    pairs, device = _Pairs(posterior), posterior.device
     log_base = torch.logaddexp(
         log_r + math.log(1 - _PRIOR_SHARE), log_prior + math.log(_PRIOR_SHARE)
     )
-    log_s = torch.zeros(count, dtype=torch.float64, device=mean.device)
+    log_s = torch.zeros(count, dtype=torch.float64, device=device)
     ratio = torch.zeros_like(log_s)  # an image's pairs, in both places
     infonce = torch.zeros_like(log_s)
     for draw_index, z in enumerate(points):
-        centred = z.double() - origin
-        for part in torch.arange(count, device=mean.device).split(max(1, _TILE // count)):
-            logits = _pair_log_densities(centred[part], mean, logvar)  # (S, M)
-            local = torch.arange(len(part), device=mean.device)
+        for part in torch.arange(count, device=device).split(max(1, _TILE // count)):
+            logits = pairs.log_density(z[part])  # (S, M)
+            local = torch.arange(len(part), device=device)
             own = logits[local, part].clone()
             largest = logits.amax(1)
             # From here relative to the largest of a row, which float32 holds.

@@ -13,7 +13,7 @@ from vaeq.divergence.densities import GaussianMixture, draw, features
 FLOW_DIMS = 64
 _TRANSFORMS = 3
 _HIDDEN = 64
-_STEPS = 1_200
+_STEPS = 800
 _BATCH = 512
 _LEARNING_RATE = 2e-3
 
@@ -63,7 +63,7 @@ def fit_flow(
         base: a mixture fitted to the same codes.
         mean, logvar: codes (n, d), about standardized, float32.
         generator: source of randomness.
-        steps: of 512 images each; 1200 unless told.
+        steps: of 512 images each; 800 unless told.
     """
     import zuko
 
