@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Each holds what the one before it holds.
 PANELS = ("decomposition", "bracket", "full")
-# Draws a point of the n_curve, and a class of the quilt.
+# Draws a point of the n_curve, a class of the quilt, and of the prior for the reverse KL.
 CURVE_SAMPLES = 2_000
 
 
@@ -99,7 +99,7 @@ def measure(
         test_mean, test_logvar: the same for images the encoder has not seen, (M, D). Without them
             the population bracket is missing, with that reason.
         labels: class of each training image, integers (N,), for the KL by class.
-        n_samples: draws of q_N for the decomposition, and of N(0, I) for the reverse KL.
+        n_samples: draws of q_N for the decomposition.
         seed: of everything random. Each part has a stream of its own, drawn on the CPU, so that
             panel and device do not change the draws of the others.
         panel: "decomposition" for the decomposition and the exact marginals (seconds), "bracket"
@@ -156,7 +156,7 @@ def measure(
     if panel == "bracket":
         return Measurement(estimates, per_dimension, settings, curves)
 
-    estimates |= reverse_marginal_kl(posterior, n_samples, stream("reverse"))
+    estimates |= reverse_marginal_kl(posterior, CURVE_SAMPLES, stream("reverse"))
     estimates["n_curve_slope"], curves["n_curve"] = n_curve(
         posterior, CURVE_SAMPLES, stream("n_curve")
     )

@@ -39,7 +39,7 @@ VALIDATION_IMAGES = 2_000
 FIT_IMAGES = 100_000
 HELD_OUT_IMAGES = 20_000
 # Draws of z a held-out image: together about this many, at most _MOST_DRAWS.
-_DRAWS = 20_000
+_DRAWS = 10_000
 _MOST_DRAWS = 16
 # Fewer images than this get the Gaussian alone.
 _FEWEST_IMAGES = 20
