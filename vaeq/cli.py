@@ -142,7 +142,7 @@ def _train(cfg: DictConfig) -> None:
     from vaeq.config import RunConfig, run_name
     from vaeq.pool import available_cores
     from vaeq.progress import Event, display
-    from vaeq.record import complete_record, require_writable, run_directory
+    from vaeq.record import complete_record, run_directory
 
     config = typed(cfg, RunConfig)
     console = Console()
@@ -152,10 +152,8 @@ def _train(cfg: DictConfig) -> None:
         if complete_record(directory, config) is not None:
             screen.update(Event("skipped", name, message=f"finished before, in {directory}"))
             return
-        from vaeq.experiment import prepare, run
+        from vaeq.experiment import run
 
-        prepare(config)
-        require_writable(directory.parent)
         try:
             run(config, screen.update, config.threads or available_cores())
         except VaeqError as error:

@@ -372,11 +372,9 @@ def measure_file(
         read.mean, read.logvar, read.test_mean, read.test_logvar, read.labels, **settings
     )
     if target is not None:
-        import json
+        from vaeq.record import dump, write_atomic
 
-        from vaeq.record import write_atomic
-
-        write_atomic(target, json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_atomic(target, dump(found.to_dict()))
     return found
 
 

@@ -28,6 +28,7 @@ from vaeq.record import (
     RunRecord,
     columns,
     complete_record,
+    require_writable,
     run_directory,
     write_atomic,
     write_config,
@@ -92,7 +93,7 @@ def run(config: RunConfig, notify: Notify, threads: int) -> RunRecord:
         threads: CPU threads of this process; part of what makes weights bit-identical.
 
     Raises:
-        InputError: the device or the data cannot be used; nothing is written.
+        InputError: the device, the data or the folder cannot be used; nothing is written.
         TrainingDiverged: the loss is not finite; the run is recorded as failed.
     """
     torch.set_num_threads(threads)
@@ -102,6 +103,8 @@ def run(config: RunConfig, notify: Notify, threads: int) -> RunRecord:
         notify(Event("skipped", run_name(config), message="finished before"))
         return found
     device, images = prepare(config)
+    images = images.to(device)
+    require_writable(directory.parent)
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / ".lock"):
         # Another process may have finished it while this one waited for the lock.
@@ -113,8 +116,8 @@ def run(config: RunConfig, notify: Notify, threads: int) -> RunRecord:
         state = _resume(config, directory, images.pixels, device, notify)
         provenance = _provenance(device, images, threads)
         try:
-            _train(config, directory, state, images.to(device), notify)
-            record = _measure(config, directory, state, images.to(device), notify, provenance)
+            _train(config, directory, state, images, notify)
+            record = _measure(config, directory, state, images, notify, provenance)
         except Exception as error:
             _fail(config, directory, state, provenance, error)
             raise

@@ -78,20 +78,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.close(folder)
 
 
-def require_writable(folder: Path, setting: str | None = None) -> None:
-    """Make ``folder`` and prove that files can be written there, before hours of training.
-
-    ``setting`` is the override that named it, for the message: ``outputs=FOLDER`` unless given.
-    """
-    setting = setting or f"outputs={folder}"
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` and prove that files can be written there, before hours of training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"{setting} cannot be written ({error.strerror or error}); "
-            f"choose another place with {setting.partition('=')[0]}=..."
+            f"outputs={folder} cannot be written ({error.strerror or error}); "
+            "choose another place with outputs=..."
         ) from None
 
 
