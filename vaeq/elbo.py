@@ -5,11 +5,11 @@ ELBO(x) = E_{q(z|x)} log p(x|z) − KL(q(z|x) ‖ N(0, I)) ≤ log p(x)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vaeq.estimate import Estimate
 
@@ -17,28 +17,34 @@ from vaeq.estimate import Estimate
 def reconstruction(logits: Tensor, x: Tensor) -> Tensor:
     """log p(x|z) = Σ_k x_k log π_k + (1 − x_k) log(1 − π_k), π = sigmoid(logits).
 
+    Computed as Σ_k (x_k − ½) ℓ_k − ½ |ℓ_k| + log sigmoid(|ℓ_k|), ℓ the logits, which cannot
+    overflow and has the right gradient at 0 too; by log2, on a CPU several times as fast as the
+    softplus of a cross-entropy.
+
     Args:
-        logits: (B, pixels).
-        x: (B, pixels) in [0, 1]. Grey levels give the expected log-likelihood of binary pixels
+        logits: (..., pixels).
+        x: (..., pixels) in [0, 1]. Grey levels give the expected log-likelihood of binary pixels
             drawn with those means, which is no normalised density of x: never compare it with the
             likelihood of binarized data.
 
     Returns:
-        (B,) nats an image, at most 0.
+        (...) nats an image, at most 0.
     """
-    return -functional.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1)
+    size = logits.abs()
+    log_likely = torch.sigmoid(size).log2() * math.log(2)
+    return log_likely.sub_(size, alpha=0.5).add_((x - 0.5) * logits).sum(-1)
 
 
 def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(μ, diag σ²) ‖ N(0, I)) = ½ Σ_j (μ_j² + σ_j² − 1 − log σ_j²), closed form.
 
     Args:
-        mean, logvar: (B, D); logvar is log σ².
+        mean, logvar: (..., D); logvar is log σ².
 
     Returns:
-        (B,) nats an image, at least 0.
+        (...) nats an image, at least 0.
     """
-    return 0.5 * (mean.square() + torch.expm1(logvar) - logvar).sum(1)
+    return 0.5 * (mean.square() + torch.expm1(logvar) - logvar).sum(-1)
 
 
 @torch.no_grad()
