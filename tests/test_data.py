@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vaeq.data import MNIST_FILES, Images, bernoulli_draw, epoch_batches, load_images
+from vaeq.data import MNIST_FILES, Images, bernoulli_draw, load_images
 from vaeq.errors import InputError
 
 
@@ -85,19 +85,6 @@ def test_torchvision_sets_are_read_from_idx_files(tmp_path: Path, mnist: Images)
     assert torch.equal(images.train, mnist.train[:100])
 
 
-@pytest.mark.parametrize("n", [1, 7, 128, 600])
-def test_an_epoch_shows_every_image_once(small: Images, n: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batches = list(epoch_batches(small.train, n, generator, binarize=False))
-    assert [len(b) for b in batches[:-1]] == [n] * (len(batches) - 1)
-    seen = torch.cat(batches)
-    assert seen.dtype == torch.float32
-    assert seen.max() == 1.0
-    pixels = (seen * 255).round().to(torch.uint8)
-    assert not torch.equal(pixels, small.train)
-    assert sorted(map(bytes, pixels.numpy())) == sorted(map(bytes, small.train.numpy()))
-
-
 def test_bernoulli_draw_has_the_grey_level_as_its_mean(small: Images) -> None:
     generator = torch.Generator().manual_seed(1)
     levels = torch.tensor([0, 1, 64, 128, 254, 255], dtype=torch.uint8).repeat(40_000, 1)
@@ -111,7 +98,7 @@ def test_bernoulli_draw_has_the_grey_level_as_its_mean(small: Images) -> None:
     assert ((share - p).abs() <= 4 * error).all()
 
 
-def test_static_is_one_draw_and_dynamic_a_new_one_each_epoch(small: Images) -> None:
+def test_static_is_one_draw_and_dynamic_is_measured_on_it() -> None:
     first, again = (load_images(binarize="static", n_train=200, n_test=50) for _ in range(2))
     assert torch.equal(first.train, again.train)
     assert set(first.train.unique().tolist()) == {0, 255}
@@ -122,13 +109,3 @@ def test_static_is_one_draw_and_dynamic_a_new_one_each_epoch(small: Images) -> N
     # What is measured is a definite draw, the same as the static one.
     assert torch.equal(dynamic.observed("train"), first.train)
     assert torch.equal(dynamic.observed("test"), first.test)
-    epochs = [
-        torch.cat(
-            list(
-                epoch_batches(dynamic.train, 64, torch.Generator().manual_seed(seed), binarize=True)
-            )
-        )
-        for seed in (1, 2)
-    ]
-    assert set(epochs[0].unique().tolist()) == {0.0, 1.0}
-    assert epochs[0].sum() != epochs[1].sum()

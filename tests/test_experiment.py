@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from vaeq import experiment
 from vaeq.config import RunConfig
 from vaeq.errors import InputError, TrainingDiverged
-from vaeq.experiment import resolve_device, run
+from vaeq.experiment import resolve_device, resolve_precision, run
 from vaeq.progress import Event
 from vaeq.record import RECORD, RunRecord, read_record, run_directory
 
@@ -157,6 +157,17 @@ def test_devices() -> None:
     assert resolve_device("auto").type in ("cpu", "cuda")
     with pytest.raises(InputError, match=r"device=cuda:63 is not available.*use device=cpu"):
         resolve_device("cuda:63")
+
+
+def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert resolve_precision("fp32", cpu) == "fp32"
+    assert resolve_precision("bf16", cpu) == "bf16"
+    with pytest.raises(InputError, match="precision=tf32 needs a GPU; use precision=auto"):
+        resolve_precision("tf32", cpu)
+    for flags, expected in ({"avx2"}, "fp32"), ({"avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16"):
+        monkeypatch.setattr(experiment, "_cpu_flags", lambda flags=flags: flags)
+        assert resolve_precision("auto", cpu) == expected
 
 
 @pytest.mark.parametrize(

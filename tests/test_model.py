@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from vaeq.data import Images
-from vaeq.model import VAE, encode_all, mlp
+from vaeq.ensemble import encode_all
+from vaeq.model import VAE, mlp
 
 
 def build(**changes: object) -> VAE:
@@ -98,8 +99,8 @@ def test_forward_is_encode_sample_decode(small: Images) -> None:
 
 def test_encode_all_does_not_depend_on_the_batch(small: Images) -> None:
     vae = build()
-    whole = encode_all(vae, small.train)
-    parts = encode_all(vae, small.train, batch_size=77)
+    (whole,) = encode_all([vae], small.train)
+    (parts,) = encode_all([vae], small.train, batch_size=77)
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
     assert whole[0].shape == (600, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 
 from vaeq.data import Images
 from vaeq.elbo import gaussian_kl, reconstruction
+from vaeq.ensemble import Ensemble
 from vaeq.errors import TrainingDiverged
 from vaeq.model import VAE
 from vaeq.seeds import derive_seed
-from vaeq.train import HISTORY_COLUMNS, State, evaluate, fit
+from vaeq.train import HISTORY_COLUMNS, Recipe, State, evaluate, fit, train_epoch
 
 
-def fresh(learning_rate: float = 1e-3, seed: int = 0) -> State:
+def fresh(seed: int = 0) -> State:
     vae = VAE(
         784,
         3,
@@ -27,13 +29,15 @@ def fresh(learning_rate: float = 1e-3, seed: int = 0) -> State:
         activation="relu",
         generator=torch.Generator().manual_seed(seed),
     )
-    return State(vae, torch.optim.Adam(vae.parameters(), lr=learning_rate, fused=True))
+    return State(vae)
 
 
 def train(images: Images, state: State | None = None, **changes: Any) -> State:
     state = state or fresh()
     settings = {"epochs": 2, "batch_size": 64, "learning_rate": 1e-3, "seed": 0}
-    fit(state, images, **{**settings, **changes})
+    own = ("precision", "on_images", "on_epoch")
+    others = {name: changes.pop(name) for name in own if name in changes}
+    fit(state, images, Recipe(**{**settings, **changes}), **others)
     return state
 
 
@@ -115,11 +119,15 @@ def test_kl_warmup_and_beta_weigh_the_kl(small: Images) -> None:
 
 
 def test_cosine_ends_with_small_steps(small: Images) -> None:
-    state = train(small, epochs=3, schedule="cosine")
-    steps = 3 * math.ceil(600 / 64)
-    last = 0.5 * 1e-3 * (1 + math.cos(math.pi * (steps - 1) / steps))
-    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(last)
-    assert train(small).optimizer.param_groups[0]["lr"] == 1e-3
+    def last_epoch_moves(schedule: str) -> float:
+        seen = []
+        train(
+            small, epochs=4, schedule=schedule, on_epoch=lambda state: seen.append(weights(state))
+        )
+        return float((seen[3] - seen[2]).norm() / (seen[1] - seen[0]).norm())
+
+    # The last of four epochs has factors ½(1 + cos) of 0.15 down to 0, the first of 1 to 0.85.
+    assert last_epoch_moves("cosine") < 0.25 < 0.5 < last_epoch_moves("constant")
 
 
 def test_early_stopping_keeps_the_best_weights(small: Images) -> None:
@@ -136,27 +144,60 @@ def test_early_stopping_keeps_the_best_weights(small: Images) -> None:
     elbos = [row["test_elbo"] for row in state.history]
     best = elbos.index(max(elbos))
     assert len(elbos) == best + 1 + 3 < 400
-    log_px, kl = evaluate(state.vae, few.test, derive_seed(0, "evaluate", best + 1))
+    ensemble = Ensemble([state.vae], [state.moments], [5e-3])
+    ((log_px, kl),) = evaluate(ensemble, few.test, [derive_seed(0, "evaluate", best + 1)])
     assert log_px - kl == pytest.approx(max(elbos), abs=1e-4)
 
 
 def test_a_loss_that_is_no_number_names_its_epoch(small: Images) -> None:
     with pytest.raises(TrainingDiverged, match="not finite in epoch 1") as caught:
-        train(small, fresh(), learning_rate=1e6, epochs=5)
+        train(small, learning_rate=1e6, epochs=5)
     assert caught.value.epoch == 1
 
 
 def test_bf16_learns_what_fp32_learns(small: Images) -> None:
-    fp32, bf16 = (train(small, epochs=6, bf16=b).history[-1]["test_elbo"] for b in (False, True))
+    fp32, bf16 = (
+        train(small, epochs=6, precision=p).history[-1]["test_elbo"] for p in ("fp32", "bf16")
+    )
     assert bf16 != fp32
     # Six epochs move the ELBO by some 300 nats; two arithmetics may differ by a few.
     assert bf16 == pytest.approx(fp32, abs=8)
 
 
+def batches_of(images: Images, batch_size: int, epoch: int = 1) -> list[torch.Tensor]:
+    """What every step of an epoch is given to see."""
+    state = fresh()
+    ensemble = Ensemble([state.vae], [state.moments], [1e-3])
+    seen: list[torch.Tensor] = []
+    recipe = Recipe(epochs=9, batch_size=batch_size, learning_rate=1e-3, seed=0)
+    train_epoch(ensemble, images, [recipe], epoch, lambda x, noise, w: seen.append(x[0].clone()))
+    return seen
+
+
+@pytest.mark.parametrize("n", [1, 7, 128, 600])
+def test_an_epoch_shows_every_image_once(small: Images, n: int) -> None:
+    batches = batches_of(small, n)
+    assert [len(b) for b in batches[:-1]] == [n] * (len(batches) - 1)
+    seen = torch.cat(batches)
+    assert not torch.equal(seen, small.train)
+    assert sorted(map(bytes, seen.numpy())) == sorted(map(bytes, small.train.numpy()))
+
+
+def test_dynamic_binarization_draws_anew_each_epoch(small: Images) -> None:
+    dynamic = replace(small, binarize="dynamic")
+    first, second = (torch.cat(batches_of(dynamic, 64, epoch)) for epoch in (1, 2))
+    assert set(first.unique().tolist()) == {0, 255}
+    assert (first == 255).sum() != (second == 255).sum()
+    # As bright as the grey levels are on average: 470,400 pixels, each a coin.
+    share = small.train.double() / 255
+    error = float((share * (1 - share)).sum().sqrt()) / share.numel()
+    assert float((first == 255).double().mean() - share.mean()) == pytest.approx(0, abs=4 * error)
+
+
 def test_images_are_counted_without_a_wait(small: Images) -> None:
     seen: list[tuple[int, int]] = []
     train(small, batch_size=10, on_images=lambda epoch, done: seen.append((epoch, done)))
-    assert seen == [(1, 10), (1, 330), (2, 10), (2, 330)]
+    assert seen == [(1, 320), (1, 600), (2, 320), (2, 600)]
 
 
 def test_seeds_of_different_purposes_and_epochs_differ() -> None:

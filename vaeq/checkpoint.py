@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vaeq.ensemble import Moments
 from vaeq.errors import InputError
 from vaeq.record import write_atomic
 from vaeq.train import HISTORY_COLUMNS, State
@@ -25,15 +25,16 @@ def save_checkpoint(directory: Path, state: State, config_hash: str, *, final: b
     """Write the state after an epoch; a final one keeps the weights and drops the optimizer."""
     tensors = {f"model.{name}": value for name, value in state.vae.state_dict().items()}
     if not final:
-        names = {id(p): name for name, p in state.vae.named_parameters()}
-        for parameter, moments in state.optimizer.state.items():
-            for moment, value in moments.items():
-                tensors[f"adam.{names[id(parameter)]}.{moment}"] = value
-        for name, value in (state.best or {}).items():
-            tensors[f"best.{name}"] = value
+        parts = {
+            "exp_avg.": state.moments.exp_avg,
+            "exp_avg_sq.": state.moments.exp_avg_sq,
+            "best.": state.best or {},
+        }
+        tensors |= {prefix + name: v for prefix, part in parts.items() for name, v in part.items()}
     metadata = {
         "config_hash": config_hash,
         "history": json.dumps(state.history),
+        "step": json.dumps(state.moments.step),
         "final": json.dumps(final),
     }
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -61,7 +62,7 @@ def load_checkpoint(directory: Path, state: State, config_hash: str) -> None:
         state.vae.load_state_dict(_part(tensors, "model."))
         state.best = _part(tensors, "best.") or None
         if not json.loads(metadata["final"]):
-            _load_adam(state, _part(tensors, "adam."))
+            state.moments = _moments(state, tensors, int(metadata["step"]))
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} cannot be used: {reason}; delete it to train afresh.") from None
@@ -76,10 +77,10 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     }
 
 
-def _load_adam(state: State, moments: dict[str, Tensor]) -> None:
-    for name, parameter in state.vae.named_parameters():
-        own = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        # Fused Adam on a GPU keeps its step count there, beside the moments.
-        state.optimizer.state[parameter] = {
-            key: torch.as_tensor(value, device=parameter.device) for key, value in own.items()
-        }
+def _moments(state: State, tensors: dict[str, Tensor], step: int) -> Moments:
+    """Adam's state, on the device of the weights."""
+    parts = []
+    for prefix in ("exp_avg.", "exp_avg_sq."):
+        part = _part(tensors, prefix)
+        parts.append({name: part[name].to(p) for name, p in state.vae.named_parameters()})
+    return Moments(step, *parts)

@@ -193,7 +193,10 @@ class RunConfig:
         science=False,
     )
     precision: str = key(
-        "fp32", "arithmetic of the training step; measures are never bf16", choices=("fp32", "bf16")
+        "auto",
+        "matrix products of the training step; auto: bf16 where the processor has it, else fp32; "
+        "measures are fp32 or better",
+        choices=("auto", "fp32", "tf32", "bf16"),
     )
     threads: int | None = key(
         None,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -82,21 +81,6 @@ def bernoulli_draw(images: Tensor, generator: torch.Generator) -> Tensor:
         uniform = torch.rand(rows.shape, generator=generator, device=images.device)
         torch.mul(uniform * 255 < rows, 255, out=out)
     return result
-
-
-def epoch_batches(
-    images: Tensor, batch_size: int, generator: torch.Generator, *, binarize: bool
-) -> Iterator[Tensor]:
-    """The images in random order, batch by batch, as float32 in [0, 1], (B, pixels).
-
-    The last batch may be smaller. With ``binarize`` each pixel is drawn anew.
-    """
-    order = torch.randperm(len(images), generator=generator, device=generator.device)
-    for index in order.to(images.device).split(batch_size):
-        batch = images[index]
-        if binarize:
-            batch = bernoulli_draw(batch, generator)
-        yield batch.float().div_(255)
 
 
 def load_images(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from safetensors.torch import save
 
 from vaeq import __version__
 from vaeq.checkpoint import load_checkpoint, save_checkpoint
-from vaeq.config import RunConfig, config_hash, run_name
+from vaeq.config import DataConfig, RunConfig, config_hash, run_name
 from vaeq.data import Images, load_images
 from vaeq.elbo import held_out_elbo
+from vaeq.ensemble import encode_all
 from vaeq.errors import InputError, VaeqError
 from vaeq.measurement import measure
-from vaeq.model import VAE, encode_all
+from vaeq.model import VAE
 from vaeq.progress import Event
 from vaeq.record import (
     SAMPLES,
@@ -37,11 +40,14 @@ from vaeq.record import (
     write_status,
 )
 from vaeq.seeds import derive_seed
-from vaeq.train import State, fit
+from vaeq.train import Recipe, State, fit_together
 
 Notify = Callable[[Event], None]
+Codes = tuple[torch.Tensor, torch.Tensor]  # mean and logvar, (N, D) each
 # Samples of q(z|x) kept for the pictures of the report.
 _KEPT_SAMPLES = 10_000
+# Models encoded together: their codes are held at once, 31 MB each at D = 64.
+_ENCODED = 16
 
 
 def resolve_device(name: str) -> torch.device:
@@ -61,14 +67,53 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def prepare(config: RunConfig) -> tuple[torch.device, Images]:
-    """What a run needs from outside; every InputError about it comes before anything is written."""
+def resolve_precision(name: str, device: torch.device) -> str:
+    """The precision of a config's ``precision`` on a device.
+
+    ``auto`` is bf16 where the processor multiplies it in hardware, which halves the time of a step
+    and moves no result beyond the spread of seeds; else fp32.
+
+    Raises:
+        InputError: tf32 was asked for on a CPU.
+    """
+    if name == "tf32" and device.type != "cuda":
+        raise InputError("precision=tf32 needs a GPU; use precision=auto, fp32 or bf16.")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "fp32"
+
+
+def _cpu_flags() -> set[str]:
+    """What the processor can do, in Linux's words; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    flags = [line.partition(":")[2].split() for line in lines if line.startswith("flags")]
+    return set(flags[0]) if flags else set()
+
+
+@lru_cache(maxsize=1)
+def _images(data: DataConfig, device: torch.device) -> Images:
+    # A worker's next run mostly wants the images of its last one.
+    return load_images(**asdict(data)).to(device)
+
+
+def prepare(config: RunConfig) -> tuple[str, Images]:
+    """What a run needs from outside: its precision, and its images on its device.
+
+    Raises:
+        InputError: before anything is written.
+    """
     device = resolve_device(config.device)
-    return device, load_images(**asdict(config.data))
+    precision = resolve_precision(config.precision, device)
+    return precision, _images(config.data, device)
 
 
 def build(config: RunConfig, pixels: int, device: torch.device) -> State:
-    """A model with its initial weights and a fresh optimizer."""
+    """A model with its initial weights, untrained."""
     vae = VAE(
         pixels,
         config.latent_dim,
@@ -79,14 +124,44 @@ def build(config: RunConfig, pixels: int, device: torch.device) -> State:
         activation=config.activation,
         initialization=config.initialization,
         generator=torch.Generator().manual_seed(derive_seed(config.seed, "weights")),
-    ).to(device)
-    return State(vae, torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True))
+    )
+    return State(vae.to(device))
+
+
+def recipe(config: RunConfig) -> Recipe:
+    """The settings of a config that training itself takes."""
+    return Recipe(**{item.name: getattr(config, item.name) for item in fields(Recipe)})
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run under way; its lock is held."""
+
+    config: RunConfig
+    directory: Path
+    state: State
+    images: Images
+    precision: str
+    provenance: dict[str, Any]
+    notify: Notify
+    first: int  # epochs it had when this process took it up
+
+    @property
+    def name(self) -> str:
+        return run_name(self.config)
+
+    def tell(self, kind: str, epoch: int, done: int = 0, elbo: float | None = None) -> None:
+        """An event of training, ``done`` images into the epoch after ``epoch``."""
+        n = len(self.images.train)
+        seen, total = (epoch - self.first) * n + done, (self.config.epochs - self.first) * n
+        shown = epoch + 1 if done else epoch
+        self.notify(Event(kind, self.name, shown, self.config.epochs, seen, total, elbo))
 
 
 def run(config: RunConfig, notify: Notify, threads: int) -> RunRecord:
     """Train, measure and record one configuration, or return the record it already has.
 
-    A run that was killed goes on from its last epoch. A failure is recorded and raised again.
+    A run that was stopped goes on from its last epoch on disk. A failure is recorded and raised.
 
     Args:
         notify: receives an Event a step; it must be quick.
@@ -96,44 +171,87 @@ def run(config: RunConfig, notify: Notify, threads: int) -> RunRecord:
         InputError: the device, the data or the folder cannot be used; nothing is written.
         TrainingDiverged: the loss is not finite; the run is recorded as failed.
     """
+    (ending,) = run_ensemble([config], notify, threads)
+    if isinstance(ending, Exception):
+        raise ending
+    return ending
+
+
+def run_ensemble(
+    configs: Sequence[RunConfig], notify: Notify, threads: int
+) -> list[RunRecord | Exception]:
+    """Train runs of one shape as one program, then measure and record each as if it were alone.
+
+    Finished ones are skipped; half-trained ones go on, those at the same epoch together. A member
+    that fails is recorded, and the others go on.
+
+    Args:
+        configs: of one network but for latent_dim, and one data, batch_size, epochs, schedule,
+            precision and device; see ``vaeq.sweep.ensembles``.
+
+    Returns:
+        The record of each, or why it has none.
+    """
     torch.set_num_threads(threads)
+    # Adam's moments of pixels that are seldom lit decay into denormals, which cost 100 cycles each.
+    # Threads inherit this from the one that starts them, so it stays as it is.
+    torch.set_flush_denormal(True)
+    endings: list[RunRecord | Exception | None] = [None] * len(configs)
+    with ExitStack() as locks:
+        runs: dict[int, _Run] = {}
+        for i, config in enumerate(configs):
+            begun = _begin(config, notify, threads, locks)
+            if isinstance(begun, RunRecord):
+                endings[i] = begun
+            else:
+                runs[i] = begun
+        for epoch in sorted({one.first for one in runs.values()}):
+            together = {i: one for i, one in runs.items() if one.first == epoch}
+            failures = dict(zip(together, _train(list(together.values())), strict=True))
+            for i, failure in failures.items():
+                if failure is not None:
+                    _fail(runs[i], failure)
+                    endings[i] = failure
+            trained = [i for i in together if failures[i] is None]
+            for start in range(0, len(trained), _ENCODED):
+                some = trained[start : start + _ENCODED]
+                codes = _encode([runs[i] for i in some])
+                for i, own in zip(some, codes, strict=True):
+                    endings[i] = _finish(runs[i], *own)
+    return [ending for ending in endings if ending is not None]
+
+
+def _begin(config: RunConfig, notify: Notify, threads: int, locks: ExitStack) -> RunRecord | _Run:
+    """The record of a finished run, or the run, locked, at its last epoch on disk."""
     directory = run_directory(config)
     found = complete_record(directory, config)
     if found is not None:
         notify(Event("skipped", run_name(config), message="finished before"))
         return found
-    device, images = prepare(config)
-    images = images.to(device)
+    precision, images = prepare(config)
     require_writable(directory.parent)
     directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / ".lock"):
-        # Another process may have finished it while this one waited for the lock.
-        found = complete_record(directory, config)
-        if found is not None:
-            notify(Event("skipped", run_name(config), message="finished by another process"))
-            return found
-        write_config(directory, config)
-        state = _resume(config, directory, images.pixels, device, notify)
-        provenance = _provenance(device, images, threads)
-        try:
-            _train(config, directory, state, images, notify)
-            record = _measure(config, directory, state, images, notify, provenance)
-        except Exception as error:
-            _fail(config, directory, state, provenance, error)
-            raise
-        write_record(directory, record)
-        write_status(directory, "complete", state.epoch, config.epochs)
-    notify(Event("complete", run_name(config), message=_summary(record)))
-    return record
+    locks.enter_context(FileLock(directory / ".lock"))
+    # Another process may have finished it while this one waited for the lock.
+    found = complete_record(directory, config)
+    if found is not None:
+        notify(Event("skipped", run_name(config), message="finished by another process"))
+        return found
+    write_config(directory, config)
+    state = _resume(config, directory, images, notify)
+    provenance = _provenance(images, precision, threads)
+    return _Run(config, directory, state, images, precision, provenance, notify, first=state.epoch)
 
 
-def _provenance(device: torch.device, images: Images, threads: int) -> dict[str, Any]:
+def _provenance(images: Images, precision: str, threads: int) -> dict[str, Any]:
+    device = images.train.device
     return {
         "vaeq": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "machine": platform.machine(),
+        "precision": precision,
         "threads": threads,
         "data": {
             "name": images.name,
@@ -144,76 +262,116 @@ def _provenance(device: torch.device, images: Images, threads: int) -> dict[str,
     }
 
 
-def _resume(
-    config: RunConfig, directory: Path, pixels: int, device: torch.device, notify: Notify
-) -> State:
+def _resume(config: RunConfig, directory: Path, images: Images, notify: Notify) -> State:
     """The state at the last epoch on disk, or at the beginning."""
-    state = build(config, pixels, device)
+    state = build(config, images.pixels, images.train.device)
     try:
         load_checkpoint(directory, state, config_hash(config))
     except InputError as error:
         notify(Event("note", run_name(config), message=f"{error} Training afresh."))
-        return build(config, pixels, device)
+        return build(config, images.pixels, images.train.device)
     return state
 
 
-def _train(
-    config: RunConfig, directory: Path, state: State, images: Images, notify: Notify
-) -> None:
-    name, identity, n = run_name(config), config_hash(config), len(images.train)
-    first = state.epoch
+class _Keeper:
+    """Writes the state of a run after an epoch, but spends a twentieth of the time on it at most.
 
-    def event(kind: str, epoch: int, seen: int, elbo: float | None = None) -> None:
-        total = (config.epochs - first) * n
-        notify(Event(kind, name, epoch, config.epochs, seen, total, elbo))
+    A network that trains thirty epochs a second would do nothing else but write. What is lost to a
+    SIGKILL is seconds of work and no result: the same bits are computed again.
+    """
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._due = 0.0
+        self._kept = run.first
+
+    def epoch_done(self) -> None:
+        if time.monotonic() >= self._due:
+            began = time.monotonic()
+            self.write()
+            ended = time.monotonic()
+            self._due = ended + 20 * (ended - began)
+
+    def write(self, *, final: bool = False) -> None:
+        """Bring the files up to the state, if they are behind."""
+        run, state = self._run, self._run.state
+        if final or state.epoch > self._kept:
+            save_checkpoint(run.directory, state, config_hash(run.config), final=final)
+            write_history(run.directory, state.history)
+            write_status(run.directory, "running", state.epoch, run.config.epochs)
+            self._kept = state.epoch
+
+
+def _train(runs: Sequence[_Run]) -> list[Exception | None]:
+    """Fit the runs together; what went wrong with each, if anything did."""
+    failures: list[Exception | None] = [None] * len(runs)
+    keepers = [_Keeper(run) for run in runs]
+    told = 0.0
 
     def on_images(epoch: int, done: int) -> None:
-        event("images", epoch, (epoch - 1 - first) * n + done)
+        nonlocal told
+        if time.monotonic() - told < 0.1:
+            return
+        told = time.monotonic()
+        for run, failure in zip(runs, failures, strict=True):
+            if failure is None:
+                run.tell("images", epoch - 1, done)
 
-    def on_epoch(state: State) -> None:
-        save_checkpoint(directory, state, identity, final=False)
-        write_history(directory, state.history)
-        write_status(directory, "running", state.epoch, config.epochs)
-        event("epoch", state.epoch, (state.epoch - first) * n, state.history[-1]["test_elbo"])
+    def on_epoch(i: int) -> None:
+        keepers[i].epoch_done()
+        history = runs[i].state.history
+        runs[i].tell("epoch", len(history), elbo=history[-1]["test_elbo"])
 
-    write_status(directory, "running", first, config.epochs)
-    event("start", first, 0)
-    # Adam's moments of pixels that are never lit decay into denormals, which cost 100 cycles each.
-    torch.set_flush_denormal(True)
+    for run in runs:
+        write_status(run.directory, "running", run.first, run.config.epochs)
+        run.tell("start", run.first)
     try:
-        fit(
-            state,
-            images,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-            beta=config.beta,
-            kl_warmup_epochs=config.kl_warmup_epochs,
-            schedule=config.schedule,
-            early_stopping=config.early_stopping,
-            bf16=config.precision == "bf16",
+        fit_together(
+            [run.state for run in runs],
+            runs[0].images,
+            [recipe(run.config) for run in runs],
+            precision=runs[0].precision,
             on_images=on_images,
             on_epoch=on_epoch,
+            on_diverged=failures.__setitem__,
         )
-    finally:
-        torch.set_flush_denormal(False)
-    save_checkpoint(directory, state, identity, final=True)
+    except Exception as error:
+        failures = [failure or error for failure in failures]
+    except BaseException:
+        for keeper in keepers:
+            keeper.write()
+        raise
+    for keeper, failure in zip(keepers, failures, strict=True):
+        keeper.write(final=failure is None)
+    return failures
 
 
-def _measure(
-    config: RunConfig,
-    directory: Path,
-    state: State,
-    images: Images,
-    notify: Notify,
-    provenance: dict[str, Any],
-) -> RunRecord:
+def _encode(runs: Sequence[_Run]) -> list[tuple[Codes, Codes]]:
+    """Codes of the training and of the held-out images of every run."""
+    vaes = [run.state.vae for run in runs]
+    train, test = (encode_all(vaes, runs[0].images.observed(part)) for part in ("train", "test"))
+    return list(zip(train, test, strict=True))
+
+
+def _finish(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord | Exception:
+    """Measure and record a trained run."""
+    try:
+        record = _measure(run, codes, test_codes)
+    except Exception as error:
+        _fail(run, error)
+        return error
+    write_record(run.directory, record)
+    write_status(run.directory, "complete", run.state.epoch, run.config.epochs)
+    run.notify(Event("complete", run.name, message=_summary(record)))
+    return record
+
+
+def _measure(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord:
+    config, state, images = run.config, run.state, run.images
     began = time.perf_counter()
-    notify(Event("stage", run_name(config), message="measuring"))
-    mean, logvar = encode_all(state.vae, images.observed("train"))
+    run.notify(Event("stage", run.name, message="measuring"))
+    (mean, logvar), (test_mean, test_logvar) = codes, test_codes
     held_out = images.observed("test")
-    test_mean, test_logvar = encode_all(state.vae, held_out)
     generator = torch.Generator(mean.device).manual_seed(derive_seed(config.seed, "measure"))
     elbo = held_out_elbo(state.vae.decode, test_mean, test_logvar, held_out, generator)
     found = measure(
@@ -231,14 +389,14 @@ def _measure(
     noise = torch.randn(mean[kept].shape, generator=generator, device=mean.device)
     z = mean[kept] + torch.exp(0.5 * logvar[kept]) * noise
     label = images.train_labels[kept].contiguous()
-    write_atomic(directory / SAMPLES, save({"z": z.cpu(), "label": label}))
+    write_atomic(run.directory / SAMPLES, save({"z": z.cpu(), "label": label}))
     train_seconds = sum(row["seconds"] for row in state.history)
     measure_seconds = time.perf_counter() - began
     return RunRecord(
         "complete",
         asdict(config),
         config_hash(config),
-        provenance,
+        run.provenance,
         timing={
             "train_seconds": train_seconds,
             "measure_seconds": measure_seconds,
@@ -252,29 +410,23 @@ def _measure(
     )
 
 
-def _fail(
-    config: RunConfig,
-    directory: Path,
-    state: State,
-    provenance: dict[str, Any],
-    error: Exception,
-) -> None:
+def _fail(run: _Run, error: Exception) -> None:
     """Leave word of a failure where the report and the next sweep look for it."""
     kind = type(error).__name__
     expected = isinstance(error, VaeqError)
     failure = {"type": kind, "message": str(error) if expected else f"{kind}: {error}"}
     if not expected:
-        failure["traceback"] = traceback.format_exc()
+        failure["traceback"] = "".join(traceback.format_exception(error))
     record = RunRecord(
         "failed",
-        asdict(config),
-        config_hash(config),
-        provenance,
-        history=columns(state.history),
+        asdict(run.config),
+        config_hash(run.config),
+        run.provenance,
+        history=columns(run.state.history),
         failure=failure,
     )
-    write_record(directory, record)
-    write_status(directory, "failed", state.epoch, config.epochs, failure=failure)
+    write_record(run.directory, record)
+    write_status(run.directory, "failed", run.state.epoch, run.config.epochs, failure=failure)
 
 
 def _summary(record: RunRecord) -> str:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
+ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
@@ -55,7 +55,7 @@ def mlp(
                 linear.bias.zero_()
         layers.append(linear)
         if i < last:
-            layers.append(_ACTIVATIONS[activation]())
+            layers.append(ACTIVATIONS[activation]())
     return nn.Sequential(*layers)
 
 
@@ -67,7 +67,7 @@ class VAE(nn.Module):
         latent_dim: D, the dimension of z.
         encoder_depth, encoder_width: hidden layers and their units; depth 0 is a linear map.
         decoder_depth, decoder_width: likewise.
-        activation: a name of ``_ACTIVATIONS``.
+        activation: a name of ``ACTIVATIONS``.
         initialization: ``he_glorot`` or ``torch``, see :func:`mlp`.
         generator: source of the initial weights.
     """
@@ -87,6 +87,7 @@ class VAE(nn.Module):
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
+        self.activation = activation
         # One last layer carries both heads, mean and logvar: one matrix product instead of two.
         # Glorot's rule sees each head by itself, so their fan_out is D, as two layers would have.
         sizes = [pixels, *[encoder_width] * encoder_depth]
@@ -113,14 +114,3 @@ class VAE(nn.Module):
         mean, logvar = self.encode(x)
         z = mean + torch.exp(0.5 * logvar) * noise
         return self.decode(z), mean, logvar
-
-
-@torch.no_grad()
-def encode_all(vae: VAE, images: Tensor, batch_size: int = 4096) -> tuple[Tensor, Tensor]:
-    """Mean and log variance of q(z|x) for all images (N, pixels) uint8: two (N, D) float32."""
-    mean = torch.empty(len(images), vae.latent_dim, device=images.device)
-    logvar = torch.empty_like(mean)
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        mean[part], logvar[part] = vae.encode(images[part].float().div_(255))
-    return mean, logvar

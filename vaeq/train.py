@@ -1,21 +1,24 @@
-"""Fit a VAE by stochastic gradient ascent on the ELBO with Adam (Kingma and Ba 2015).
+"""Fit VAEs by stochastic gradient ascent on the ELBO with Adam (Kingma and Ba 2015).
 
-The whole of the randomness of an epoch comes from one generator seeded by (seed, epoch): a run that
-is resumed after any epoch gives the same bits as one that was never interrupted.
+The whole of the randomness of an epoch comes from one generator a run, seeded by (seed, epoch): a
+run that is resumed after any epoch gives the same bits as one that was never interrupted, and one
+that trains beside others draws the same batches and noise as alone.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from vaeq.data import Images, epoch_batches
+from vaeq.data import Images, bernoulli_draw
 from vaeq.elbo import gaussian_kl, reconstruction
+from vaeq.ensemble import CapturedSteps, Ensemble, Moments
 from vaeq.errors import TrainingDiverged
 from vaeq.model import VAE
 from vaeq.seeds import derive_seed
@@ -30,8 +33,9 @@ HISTORY_COLUMNS = (
     "test_kl",
     "seconds",
 )
-# Steps between two calls of on_images: about ten a second, and none of them waits for the device.
-_REPORT_EVERY = 32
+# Steps whose images and noise are drawn at once: a few calls of the generator an epoch, and memory
+# that does not grow with the data. A part of what the seed means: another value, other draws.
+_BLOCK = 32
 
 
 @dataclass
@@ -39,7 +43,7 @@ class State:
     """Everything that training changes: enough to go on from the end of an epoch."""
 
     vae: VAE
-    optimizer: torch.optim.Adam
+    moments: Moments = field(default_factory=Moments)
     history: list[dict[str, float]] = field(default_factory=list)
     # Weights of the best held-out ELBO so far; kept only when early stopping is on.
     best: dict[str, Tensor] | None = None
@@ -50,92 +54,184 @@ class State:
         return len(self.history)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained; the meanings are those of ``vaeq train --help``."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    beta: float = 1.0
+    kl_warmup_epochs: int = 0
+    schedule: str = "constant"
+    early_stopping: int | None = None
+
+
 def fit(
     state: State,
     images: Images,
+    recipe: Recipe,
     *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    beta: float = 1.0,
-    kl_warmup_epochs: int = 0,
-    schedule: str = "constant",
-    early_stopping: int | None = None,
-    bf16: bool = False,
+    precision: str = "fp32",
     on_images: Callable[[int, int], None] = lambda epoch, done: None,
     on_epoch: Callable[[State], None] = lambda state: None,
 ) -> None:
-    """Train ``state`` in place up to ``epochs`` epochs, from wherever it stands.
-
-    The loss of a step is −mean(log p(x|z) − w KL(q(z|x) ‖ p)) in nats per image, z one
-    reparameterised draw, w = β min(1, step / warm-up steps).
-
-    Args:
-        images: on the device of the weights.
-        on_images: called with (epoch, images done in it) some ten times a second.
-        on_epoch: called with the state after every epoch; the place to write a checkpoint.
+    """Train ``state`` in place, from wherever it stands: an ensemble of one.
 
     Raises:
         TrainingDiverged: the summed loss of an epoch, or its held-out ELBO, is not finite.
     """
-    vae, optimizer, device = state.vae, state.optimizer, images.train.device
-    steps = math.ceil(len(images.train) / batch_size)
-    step = state.epoch * steps
+
+    def diverged(member: int, error: TrainingDiverged) -> None:
+        raise error
+
+    fit_together(
+        [state],
+        images,
+        [recipe],
+        precision=precision,
+        on_images=on_images,
+        on_epoch=lambda member: on_epoch(state),
+        on_diverged=diverged,
+    )
+
+
+def fit_together(
+    states: Sequence[State],
+    images: Images,
+    recipes: Sequence[Recipe],
+    *,
+    precision: str = "fp32",
+    on_images: Callable[[int, int], None] = lambda epoch, done: None,
+    on_epoch: Callable[[int], None] = lambda member: None,
+    on_diverged: Callable[[int, TrainingDiverged], None],
+) -> None:
+    """Train all ``states`` in place as one program, each by its own recipe.
+
+    The loss of a step is −mean(log p(x|z) − w KL(q(z|x) ‖ p)) in nats per image, z one
+    reparameterised draw, w = β min(1, step / warm-up steps). A member that is done, by its epochs,
+    by early stopping or because its loss is no number, leaves the program; the others go on.
+
+    Args:
+        states: at the same epoch; models of one shape but for the latent dimension.
+        images: on the device of the weights.
+        recipes: with one epochs, batch_size and schedule; the rest may differ.
+        precision: of the matrix products of the training step, see ``ensemble.PRECISIONS``.
+        on_images: called with (epoch, images done in it) every 32 steps; nothing waits for it.
+        on_epoch: called with a member's index after its every epoch; its state is up to date.
+        on_diverged: called with a member's index; its state is that of the last good epoch.
+    """
     held_out = images.observed("test")
-    while state.epoch < epochs and not _stalled(state, early_stopping):
-        epoch = state.epoch + 1
-        began = time.perf_counter()
-        generator = torch.Generator(device).manual_seed(derive_seed(seed, "epoch", epoch))
-        batches = epoch_batches(
-            images.train, batch_size, generator, binarize=images.binarize == "dynamic"
-        )
-        totals = torch.zeros(2, device=device)
-        for i, x in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = learning_rate * _lr_factor(
-                schedule, step / (epochs * steps)
+    active = [i for i in range(len(states)) if not _done(states[i], recipes[i])]
+    with _matmul_precision(precision):
+        while active:
+            ensemble = Ensemble(
+                [states[i].vae for i in active],
+                [states[i].moments for i in active],
+                [recipes[i].learning_rate for i in active],
+                precision,
             )
-            kl_weight = beta * min(1.0, (step + 1) / max(1, kl_warmup_epochs * steps))
-            noise = torch.randn(len(x), vae.latent_dim, generator=generator, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits, mean, logvar = vae(x, noise)
-            log_px = reconstruction(logits.float(), x)
-            kl = gaussian_kl(mean.float(), logvar.float())
-            loss = (kl_weight * kl - log_px).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            totals += torch.stack((log_px.detach().sum(), kl.detach().sum()))
-            step += 1
-            if i % _REPORT_EVERY == 0:
-                on_images(epoch, min((i + 1) * batch_size, len(images.train)))
-        # The only wait for the device in an epoch: reading the sums.
-        train_log_px, train_kl = (totals / len(images.train)).tolist()
-        if not math.isfinite(train_log_px + train_kl):
-            raise TrainingDiverged(epoch)
-        test_log_px, test_kl = evaluate(vae, held_out, derive_seed(seed, "evaluate", epoch))
-        if not math.isfinite(test_log_px + test_kl):
-            raise TrainingDiverged(epoch)
-        values = (
-            epoch,
-            train_log_px - train_kl,
-            train_log_px,
-            train_kl,
-            test_log_px - test_kl,
-            test_log_px,
-            test_kl,
-            time.perf_counter() - began,
-        )
-        state.history.append(dict(zip(HISTORY_COLUMNS, values, strict=True)))
-        if early_stopping is not None and _epochs_since_best(state) == 0:
-            state.best = {name: w.detach().clone() for name, w in vae.state_dict().items()}
-        on_epoch(state)
-    if state.best is not None:
-        vae.load_state_dict(state.best)
+            step = CapturedSteps(ensemble) if ensemble.device.type == "cuda" else ensemble.step
+            staying = active
+            while staying == active:
+                began = time.perf_counter()
+                some = [recipes[i] for i in active]
+                epoch = states[active[0]].epoch + 1
+                train_epoch(ensemble, images, some, epoch, step, on_images)
+                rows = _history_rows(ensemble, images, held_out, some, epoch, began)
+                staying = []
+                for place, (i, row) in enumerate(zip(active, rows, strict=True)):
+                    if not all(map(math.isfinite, row.values())):
+                        on_diverged(i, TrainingDiverged(epoch))
+                        continue
+                    _take(states[i], ensemble, place, row, recipes[i])
+                    on_epoch(i)
+                    if not _done(states[i], recipes[i]):
+                        staying.append(i)
+            active = staying
+    for state in states:
+        if state.best is not None:
+            state.vae.load_state_dict(state.best)
 
 
-def _lr_factor(schedule: str, progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
+def train_epoch(
+    ensemble: Ensemble,
+    images: Images,
+    recipes: Sequence[Recipe],
+    epoch: int,
+    step: Callable[[Tensor, Tensor, Tensor], None],
+    on_images: Callable[[int, int], None] = lambda epoch, done: None,
+) -> None:
+    """All steps of one epoch; nothing in it waits for the device."""
+    n, batch_size, device = len(images.train), recipes[0].batch_size, ensemble.device
+    steps = math.ceil(n / batch_size)
+    generators = [
+        torch.Generator(device).manual_seed(derive_seed(recipe.seed, "epoch", epoch))
+        for recipe in recipes
+    ]
+    orders = torch.stack([torch.randperm(n, generator=g, device=device) for g in generators])
+    ensemble.totals.zero_()
+    for block in range(0, steps, _BLOCK):
+        chosen = orders[:, block * batch_size : (block + _BLOCK) * batch_size]
+        x = images.train.index_select(0, chosen.flatten()).view(*chosen.shape, -1)  # (E, n, pixels)
+        noise = torch.zeros(*chosen.shape, ensemble.widest, device=device)
+        for e, generator in enumerate(generators):
+            shape = chosen.shape[1], ensemble.latent_dims[e]
+            noise[e, :, : shape[1]] = torch.randn(shape, generator=generator, device=device)
+            if images.binarize == "dynamic":
+                x[e] = bernoulli_draw(x[e], generator)
+        batches = zip(x.split(batch_size, 1), noise.split(batch_size, 1), strict=True)
+        for i, (x_batch, noise_batch) in enumerate(batches, (epoch - 1) * steps + block):
+            if recipes[0].schedule == "cosine":
+                total = recipes[0].epochs * steps
+                ensemble.scale_learning_rates(0.5 * (1 + math.cos(math.pi * i / total)))
+            weights = [
+                r.beta * min(1, (i + 1) / max(1, r.kl_warmup_epochs * steps)) for r in recipes
+            ]
+            kl_weight = torch.tensor(weights, device=device).view(-1, 1, 1)
+            step(x_batch, noise_batch, kl_weight)
+        on_images(epoch, min((block + _BLOCK) * batch_size, n))
+
+
+def _history_rows(
+    ensemble: Ensemble,
+    images: Images,
+    held_out: Tensor,
+    recipes: Sequence[Recipe],
+    epoch: int,
+    began: float,
+) -> list[dict[str, float]]:
+    """One row of history a member. Reading the sums is the only wait for the device in an epoch."""
+    train = (ensemble.totals / len(images.train)).T.tolist()
+    test = evaluate(ensemble, held_out, [derive_seed(r.seed, "evaluate", epoch) for r in recipes])
+    seconds = (time.perf_counter() - began) / len(ensemble)
+    rows = []
+    for (log_px, kl), (test_log_px, test_kl) in zip(train, test, strict=True):
+        elbo, test_elbo = log_px - kl, test_log_px - test_kl
+        values = (epoch, elbo, log_px, kl, test_elbo, test_log_px, test_kl, seconds)
+        rows.append(dict(zip(HISTORY_COLUMNS, values, strict=True)))
+    return rows
+
+
+def _take(
+    state: State, ensemble: Ensemble, place: int, row: dict[str, float], recipe: Recipe
+) -> None:
+    """Bring the state of a member up to the end of the epoch."""
+    weights, state.moments = ensemble.member(place)
+    state.vae.load_state_dict(weights)
+    state.history.append(row)
+    if recipe.early_stopping is not None and _epochs_since_best(state) == 0:
+        state.best = weights
+
+
+def _done(state: State, recipe: Recipe) -> bool:
+    stalled = (
+        recipe.early_stopping is not None
+        and state.epoch > 0
+        and _epochs_since_best(state) >= recipe.early_stopping
+    )
+    return stalled or state.epoch >= recipe.epochs
 
 
 def _epochs_since_best(state: State) -> int:
@@ -143,23 +239,38 @@ def _epochs_since_best(state: State) -> int:
     return len(elbos) - 1 - elbos.index(max(elbos))
 
 
-def _stalled(state: State, early_stopping: int | None) -> bool:
-    return (
-        early_stopping is not None
-        and state.epoch > 0
-        and _epochs_since_best(state) >= early_stopping
-    )
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """TF32 products on a GPU where they were asked for, and never else."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
-def evaluate(vae: VAE, images: Tensor, seed: int, batch_size: int = 4096) -> tuple[float, float]:
-    """Mean reconstruction and KL in nats per image, for (M, pixels) uint8; one z an image."""
-    generator = torch.Generator(images.device).manual_seed(seed)
-    totals = torch.zeros(2, device=images.device)
+def evaluate(
+    ensemble: Ensemble, images: Tensor, seeds: Sequence[int], batch_size: int = 4096
+) -> list[tuple[float, float]]:
+    """Mean reconstruction and KL of every member, in nats per image of (M, pixels) uint8.
+
+    In float32 whatever the training's precision; one z an image.
+    """
+    device = ensemble.device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    totals = torch.zeros(2, len(ensemble), dtype=torch.float64, device=device)
     for part in images.split(batch_size):
-        x = part.float().div_(255)
-        noise = torch.randn(len(x), vae.latent_dim, generator=generator, device=x.device)
-        logits, mean, logvar = vae(x, noise)
-        totals += torch.stack((reconstruction(logits, x).sum(), gaussian_kl(mean, logvar).sum()))
-    log_px, kl = (totals / len(images)).tolist()
-    return log_px, kl
+        x = part.float().div_(255)[None]
+        noise = torch.zeros(len(ensemble), len(part), ensemble.widest, device=device)
+        for e, (generator, latent_dim) in enumerate(
+            zip(generators, ensemble.latent_dims, strict=True)
+        ):
+            shape = len(part), latent_dim
+            noise[e, :, :latent_dim] = torch.randn(shape, generator=generator, device=device)
+        mean, logvar = ensemble.encode(x)
+        logits = ensemble.decode(mean + torch.exp(0.5 * logvar) * noise)
+        totals[0] += reconstruction(logits, x).sum(1)
+        totals[1] += gaussian_kl(mean, logvar).sum(1)
+    return [(log_px, kl) for log_px, kl in (totals / len(images)).T.tolist()]
