@@ -18,8 +18,10 @@ from safetensors import safe_open
 
 from tests.conftest import TINY, Run
 from vaeq.config import RunConfig, run_name
-from vaeq.pool import Pool, SweepResult, available_cores, record_death, run_sweep, work
+from vaeq.pool import Pool, available_cores
+from vaeq.progress import Event
 from vaeq.record import read_record, run_directory
+from vaeq.sweep import SweepResult, ensembles, record_death, run_sweep, work
 
 
 def records(folder: Path) -> dict[str, dict[str, object]]:
@@ -80,25 +82,20 @@ def test_a_run_that_diverges_is_marked_and_the_sweep_goes_on(vaeq: Run, tmp_path
 def test_a_killed_worker_takes_only_its_own_run_with_it(tiny: RunConfig) -> None:
     # The victim trains for minutes, so that the kill finds it at work.
     victim = replace(tiny, epochs=100_000, seed=1)
-    others = [replace(tiny, seed=seed) for seed in (2, 3)]
-    output = io.StringIO()
-    pool = Pool(Console(file=output), n_jobs=2)
-    start = pool._start
+    others = [replace(tiny, seed=seed) for seed in (2, 3, 4)]
+    pool = Pool(Console(file=io.StringIO()), n_jobs=2)
     killed: list[int] = []
 
-    def start_and_kill(config: RunConfig):  # type: ignore[no-untyped-def]
-        worker = start(config)
-        if config == victim:
-            status = run_directory(victim) / "history.csv"
-            while not status.exists():
-                time.sleep(0.01)
-            assert worker.process.pid is not None
-            os.kill(worker.process.pid, signal.SIGKILL)
-            killed.append(worker.process.pid)
-        return worker
+    class Killer(SweepResult):
+        def note(self, event: Event) -> None:
+            super().note(event)
+            if event.run == run_name(victim) and event.kind == "epoch" and not killed:
+                (worker,) = (w for w in pool.workers if w.config == victim)
+                assert worker.process.pid is not None
+                killed.append(worker.process.pid)
+                os.kill(worker.process.pid, signal.SIGKILL)
 
-    pool._start = start_and_kill  # type: ignore[method-assign]
-    result = SweepResult()
+    result = Killer()
     pool.run([victim, *others], result)
     assert killed
     assert result.failed == {run_name(victim): "its process was killed by SIGKILL (out of memory?)"}
@@ -107,6 +104,21 @@ def test_a_killed_worker_takes_only_its_own_run_with_it(tiny: RunConfig) -> None
         "type": "WorkerDied",
         "message": "its process was killed by SIGKILL (out of memory?)",
     }
+
+
+def test_a_worker_takes_run_after_run_and_none_sees_the_one_before(
+    tiny: RunConfig, tmp_path: Path
+) -> None:
+    def outcome(configs: list[RunConfig]) -> list[dict[str, object]]:
+        Pool(Console(file=io.StringIO()), n_jobs=1).run(configs, SweepResult())
+        found = [read_record(run_directory(c) / "record.json") for c in configs]
+        return [{"estimates": r.estimates, "elbo": r.history["test_elbo"]} for r in found]
+
+    runs = [replace(tiny, seed=0), replace(tiny, latent_dim=5, precision="bf16")]
+    runs.append(replace(tiny, data=replace(tiny.data, n_train=500)))
+    in_one_worker = outcome(runs)
+    for config, expected in zip(runs, in_one_worker, strict=True):
+        assert outcome([replace(config, outputs=str(tmp_path / "alone"))]) == [expected]
 
 
 def test_a_killed_sweep_goes_on_where_it_was_and_ends_in_the_same_bits(
@@ -160,22 +172,50 @@ def test_a_stopped_sweep_leaves_no_worker_behind(
     assert epochs == [json.loads(f.read_text())["epoch"] for f in folder.glob("*/status.json")]
 
 
-def test_the_longest_run_starts_first(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_run_starts_first(tiny: RunConfig) -> None:
     order: list[int] = []
-    monkeypatch.setattr(Pool, "preflight", lambda self, configs: None)
-    monkeypatch.setattr(
-        Pool, "run", lambda self, configs, result: order.extend(c.epochs for c in configs)
+    run_sweep(
+        [replace(tiny, epochs=epochs) for epochs in (2, 30, 4)],
+        Console(file=io.StringIO()),
+        lambda todo, result: order.extend(config.epochs for config in todo),
     )
-    configs = [replace(tiny, epochs=epochs) for epochs in (2, 30, 4)]
-    run_sweep(configs, 1, Console(file=io.StringIO()))
     assert order == [30, 4, 2]
     assert work(replace(tiny, encoder_width=64)) > work(tiny)
     assert work(replace(tiny, latent_dim=64)) > work(tiny)
 
 
 def test_the_same_configuration_is_run_once(tiny: RunConfig) -> None:
-    result = run_sweep([tiny, tiny], 2, Console(file=io.StringIO()))
-    assert result.complete == [run_name(tiny)]
+    runs: list[RunConfig] = []
+    run_sweep([tiny, tiny], Console(file=io.StringIO()), lambda todo, result: runs.extend(todo))
+    assert runs == [tiny]
+
+
+def test_ensembles_are_runs_of_one_shape(tiny: RunConfig) -> None:
+    alike = [
+        replace(tiny, latent_dim=d, seed=s, learning_rate=rate, beta=beta)
+        for d, s, rate, beta in [(2, 0, 1e-3, 1.0), (8, 1, 1e-2, 1.0), (4, 2, 1e-3, 4.0)]
+    ]
+    others = [replace(tiny, encoder_width=17), replace(tiny, epochs=3), replace(tiny, batch_size=9)]
+    groups = ensembles([*alike, *others], most=64)
+    assert sorted(map(len, groups)) == [1, 1, 1, 3]
+    (largest,) = (group for group in groups if len(group) == 3)
+    assert [config.learning_rate for config in largest] == [1e-3, 1e-3, 1e-2]
+    assert sorted(map(len, ensembles(alike, most=2))) == [1, 2]
+
+
+def test_the_ensemble_launcher_runs_a_sweep(vaeq: Run, tmp_path: Path) -> None:
+    words = ("sweep", *TINY, "latent_dim=2,3", "seed=0,1", "hydra/launcher=ensemble")
+    first = vaeq(*words, check=True)
+    found = records(tmp_path / "outputs" / "smoke")
+    assert [record["state"] for record in found.values()] == ["complete"] * 4
+    assert "[4/4]" in first.stdout
+    # The pool knows these runs, and one that diverges is the only one to fail.
+    again = vaeq("sweep", *TINY, "latent_dim=2,3", "seed=0,1", check=True)
+    assert again.stdout == "4 of 4 runs are finished and skipped; 0 to do\n"
+    done = vaeq(*words, "beta=1e6", "learning_rate=1e-3,10")
+    assert done.returncode == 1
+    assert "4 of 8 runs failed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_cores_are_those_this_process_may_use() -> None:

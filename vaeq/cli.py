@@ -129,10 +129,10 @@ def _register_plugins() -> None:
     # Hydra's scan executes the modules of its own plugins again: a class derived from one of them
     # must be made after it. In a development install the scan does not find ours by itself.
     plugins = Plugins.instance()
-    from hydra_plugins.vaeq import GridSweeper, PoolLauncher
+    from hydra_plugins.vaeq import EnsembleLauncher, GridSweeper, PoolLauncher
 
-    plugins.register(GridSweeper)
-    plugins.register(PoolLauncher)
+    for plugin in (GridSweeper, PoolLauncher, EnsembleLauncher):
+        plugins.register(plugin)
 
 
 def _train(cfg: DictConfig) -> None:

@@ -1,58 +1,37 @@
-"""Many runs side by side: one single-threaded process a run, one at a time a core.
+"""Many runs side by side: one single-threaded worker process a core, which takes run after run.
 
-A process a run, forked from a server that has torch imported already: it starts in milliseconds,
-and one that is killed takes only its own run with it. No torch in this module: a sweep whose runs
-are all finished must be over in a moment.
+Workers are forked from a server that has torch imported already: one starts in milliseconds, and
+keeps the images it has read for its next run. One that is killed takes only its own run with it;
+another takes its place. No torch in this module.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from rich.console import Console
 
-from vaeq.config import RunConfig, config_hash, run_name
+from vaeq.config import RunConfig, run_name
 from vaeq.errors import InputError, VaeqError
 from vaeq.progress import Event, display
-from vaeq.record import (
-    RunRecord,
-    complete_record,
-    require_writable,
-    run_directory,
-    write_config,
-    write_record,
-    write_status,
-)
-
-# Failed runs named in the closing sentence; the others were shown when they fell.
-_NAMED = 5
-
-
-@dataclass
-class SweepResult:
-    """Run names by how they ended, with the message of each failure."""
-
-    complete: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
+from vaeq.sweep import SweepResult, record_death, require_folders
 
 
 @dataclass
 class _Worker:
-    config: RunConfig
     process: ForkServerProcess
-    events: Connection
+    pipe: Connection
+    config: RunConfig | None = None  # the run it is at
     epoch: int = 0
-    ended: bool = False
 
 
 def available_cores() -> int:
@@ -66,60 +45,6 @@ def available_cores() -> int:
     return cores
 
 
-def work(config: RunConfig) -> float:
-    """About how long a run takes, in multiplications: to start the longest first."""
-    pixels = 784
-    encoder = [pixels, *[config.encoder_width] * config.encoder_depth, 2 * config.latent_dim]
-    decoder = [config.latent_dim, *[config.decoder_width] * config.decoder_depth, pixels]
-    weights = sum(a * b for sizes in (encoder, decoder) for a, b in pairwise(sizes))
-    return float(weights) * config.epochs * (config.data.n_train or 60_000)
-
-
-def run_sweep(configs: Sequence[RunConfig], n_jobs: int | None, console: Console) -> SweepResult:
-    """Run what is not finished yet, longest first, ``n_jobs`` at a time.
-
-    Raises:
-        InputError: the folder, the device or the data of some run cannot be used; nothing started.
-        KeyboardInterrupt: after every worker has been stopped; finished runs stay finished.
-    """
-    runs = {run_directory(config): config for config in configs}
-    todo: list[RunConfig] = []
-    result = SweepResult()
-    for directory, config in runs.items():
-        if complete_record(directory, config) is None:
-            todo.append(config)
-        else:
-            result.skipped.append(run_name(config))
-    if result.skipped:
-        console.print(
-            f"{len(result.skipped)} of {len(runs)} runs are finished and skipped; "
-            f"{len(todo)} to do",
-            markup=False,
-            highlight=False,
-        )
-    if not todo:
-        return result
-    pool = Pool(console, n_jobs or available_cores())
-    pool.preflight(todo)
-    for folder in {directory.parent for directory in runs}:
-        require_writable(folder)
-    pool.run(sorted(todo, key=work, reverse=True), result)
-    return result
-
-
-def raise_failures(result: SweepResult) -> None:
-    """One sentence for the failed runs of a sweep; each one's own reason was shown when it fell."""
-    if result.failed:
-        total = len(result.complete) + len(result.skipped) + len(result.failed)
-        names = ", ".join(list(result.failed)[:_NAMED]) + (
-            ", ..." if len(result.failed) > _NAMED else ""
-        )
-        raise VaeqError(
-            f"{len(result.failed)} of {total} runs failed: {names}. "
-            "The same command tries them again."
-        )
-
-
 class Pool:
     """Starts workers, shows their events, and survives the death of any of them."""
 
@@ -130,95 +55,99 @@ class Pool:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["vaeq.experiment"])
-        self.active: list[_Worker] = []
+        self.workers: list[_Worker] = []
 
     def run(self, configs: Sequence[RunConfig], result: SweepResult) -> None:
-        """Run every config in this order; each one's end is in ``result``."""
+        """Run every config in this order; each one's end is in ``result``.
+
+        Raises:
+            InputError: a device, a data set or a folder cannot be used; nothing was started.
+            KeyboardInterrupt: after every worker has been stopped; finished runs stay finished.
+        """
         waiting = list(configs)
         try:
+            self._preflight(waiting)
+            require_folders(waiting)
             with display(self.console, [run_name(config) for config in waiting]) as screen:
-                while waiting or self.active:
-                    while waiting and len(self.active) < self.n_jobs:
-                        self.active.append(self._start(waiting.pop(0)))
-                    sources = [w.events for w in self.active if not w.ended]
-                    wait([*sources, *(w.process.sentinel for w in self.active)])
-                    for worker in list(self.active):
-                        for event in self._collect(worker):
-                            self._note(event, result)
+                while self._assign(waiting):
+                    ready = wait([worker.pipe for worker in self.workers])
+                    for worker in [w for w in self.workers if w.pipe in ready]:
+                        event = self._next_event(worker)
+                        if event is not None:
+                            result.note(event)
                             screen.update(event)
         finally:
             self._stop()
 
-    def _start(self, config: RunConfig) -> _Worker:
-        receive, send = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_run_in_worker, args=(config, send))
-        process.start()
-        send.close()
-        return _Worker(config, process, receive)
+    def _assign(self, waiting: list[RunConfig]) -> bool:
+        """Give every free worker a run, start workers while there is need; is any at work?"""
+        for worker in self.workers:
+            if worker.config is None and waiting:
+                self._give(worker, waiting.pop(0))
+        while waiting and len(self.workers) < self.n_jobs:
+            self._give(self._start(), waiting.pop(0))
+        return any(worker.config is not None for worker in self.workers)
 
-    def preflight(self, configs: Sequence[RunConfig]) -> None:
-        """Load each data set and device once, in a worker: refuse the sweep, not its every run.
-
-        Raises:
-            InputError: a device or a data set cannot be used.
-        """
-        distinct = {(config.data, config.device): config for config in configs}
-        receive, send = self.context.Pipe(duplex=False)
-        process = self.context.Process(
-            target=_prepare_in_worker, args=(list(distinct.values()), send)
-        )
+    def _start(self) -> _Worker:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_work, args=(theirs,))
         process.start()
-        send.close()
+        theirs.close()
+        worker = _Worker(process, ours)
+        self.workers.append(worker)
+        return worker
+
+    @staticmethod
+    def _give(worker: _Worker, config: RunConfig) -> None:
+        worker.config, worker.epoch = config, 0
+        with contextlib.suppress(BrokenPipeError):  # dead: its closed pipe says so in a moment
+            worker.pipe.send(config)
+
+    def _next_event(self, worker: _Worker) -> Event | None:
+        """What a worker says; its last word is made up here if it died without one."""
         try:
-            message = receive.recv()
-        except EOFError:
-            process.join()
+            event: Event = worker.pipe.recv()
+        except (EOFError, OSError):
+            return self._bury(worker)
+        worker.epoch = max(worker.epoch, event.epoch)
+        if event.kind in ("complete", "failed", "skipped"):
+            worker.config = None
+        return event
+
+    def _bury(self, worker: _Worker) -> Event | None:
+        worker.process.join()
+        worker.pipe.close()
+        self.workers.remove(worker)
+        if worker.config is None:
+            return None
+        message = f"its process {_death(worker.process.exitcode)}"
+        record_death(worker.config, worker.epoch, message)
+        return Event("failed", run_name(worker.config), message=message)
+
+    def _preflight(self, configs: Sequence[RunConfig]) -> None:
+        """Load each data set and device once, in a worker: refuse the sweep, not its every run."""
+        worker = self._start()
+        distinct = {(c.data, c.device, c.precision): c for c in configs}
+        try:
+            worker.pipe.send(list(distinct.values()))
+            message = worker.pipe.recv()
+        except (EOFError, OSError):
+            worker.process.join()
             raise VaeqError(
-                f"a worker process could not start: {_death(process.exitcode)}."
+                f"a worker process could not start: {_death(worker.process.exitcode)}."
             ) from None
-        finally:
-            receive.close()
-        process.join()
         if message:
             raise InputError(message)
 
-    def _collect(self, worker: _Worker) -> list[Event]:
-        """The events a worker has sent; its last one is made up here if it died without a word."""
-        dead = not worker.process.is_alive()
-        events: list[Event] = []
-        try:
-            while worker.events.poll():
-                events.append(worker.events.recv())
-        except (EOFError, OSError):
-            worker.ended = True
-        for event in events:
-            worker.epoch = max(worker.epoch, event.epoch)
-        said_last = any(event.kind in ("complete", "failed", "skipped") for event in events)
-        if said_last or dead:
-            worker.process.join()
-            worker.events.close()
-            self.active.remove(worker)
-            if not said_last:
-                message = f"its process {_death(worker.process.exitcode)}"
-                record_death(worker.config, worker.epoch, message)
-                events.append(Event("failed", run_name(worker.config), message=message))
-        return events
-
-    @staticmethod
-    def _note(event: Event, result: SweepResult) -> None:
-        if event.kind == "complete":
-            result.complete.append(event.run)
-        elif event.kind == "skipped":
-            result.skipped.append(event.run)
-        elif event.kind == "failed":
-            result.failed[event.run] = event.message
-
     def _stop(self) -> None:
-        for worker in self.active:
-            worker.process.terminate()
-        for worker in self.active:
+        for worker in self.workers:
+            if worker.config is None:
+                worker.pipe.close()  # it has nothing to keep, and ends when nobody speaks to it
+            else:
+                worker.process.terminate()
+        for worker in self.workers:
             worker.process.join()
-        self.active.clear()
+        self.workers.clear()
 
 
 def _death(exitcode: int | None) -> str:
@@ -229,56 +158,52 @@ def _death(exitcode: int | None) -> str:
     return f"ended early with exit status {exitcode}"
 
 
-def record_death(config: RunConfig, epoch: int, message: str) -> None:
-    """Write the failure of a run whose process could not write it; its checkpoint stays."""
-    directory = run_directory(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    failure = {"type": "WorkerDied", "message": message}
-    write_config(directory, config)
-    write_record(
-        directory, RunRecord("failed", asdict(config), config_hash(config), failure=failure)
-    )
-    write_status(directory, "failed", epoch, config.epochs, failure=failure)
-
-
-def _ignore_interrupts() -> None:
-    # Ctrl-C reaches the whole process group; the parent decides, and stops its workers.
+def _work(pipe: Connection) -> None:
+    """A worker's life: a list of configs is to be checked, a config to be run, until the end."""
+    # Ctrl-C reaches the whole process group; the parent decides, and stops its workers. A run that
+    # is terminated unwinds, and keeps the state of its last epoch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    while True:
+        try:
+            order = pipe.recv()
+        except EOFError:
+            return
+        if isinstance(order, list):
+            pipe.send(_check(order))
+        else:
+            _run(order, pipe)
 
 
-def _prepare_in_worker(configs: Sequence[RunConfig], events: Connection) -> None:
+def _check(configs: Sequence[RunConfig]) -> str:
     from vaeq.experiment import prepare
 
-    _ignore_interrupts()
-    message = ""
     try:
         for config in configs:
             prepare(config)
     except InputError as error:
-        message = str(error)
-    events.send(message)
+        return str(error)
+    return ""
 
 
-def _run_in_worker(config: RunConfig, events: Connection) -> None:
+def _run(config: RunConfig, pipe: Connection) -> None:
     from vaeq.experiment import run
-
-    _ignore_interrupts()
 
     def notify(event: Event) -> None:
         try:
-            events.send(event)
+            pipe.send(event)
         except BrokenPipeError:
-            # The parent is gone, so nobody waits for this run; the checkpoint has its last epoch.
-            # SystemExit passes by the handlers that would record a failure.
+            # The parent is gone, so nobody waits for this run; its last epoch is kept. SystemExit
+            # passes by the handlers that would record a failure.
             sys.exit(1)
 
     try:
         run(config, notify, threads=config.threads or 1)
     except VaeqError as error:
-        events.send(Event("failed", run_name(config), message=str(error)))
+        notify(Event("failed", run_name(config), message=str(error)))
     except Exception as error:
         import traceback
 
         traceback.print_exc()
         words = f"{type(error).__name__}: {error}"
-        events.send(Event("failed", run_name(config), message=words))
+        notify(Event("failed", run_name(config), message=words))

@@ -1,4 +1,4 @@
-"""Hydra plugins: a sweeper that writes nothing, and a launcher that hands the runs to the pool.
+"""Hydra plugins: a sweeper that writes nothing, and launchers that hand the runs on.
 
 Imported as ``hydra_plugins.vaeq``, the only name under which Hydra admits a plugin. Every Hydra
 program that shares our environment may scan this module, so it imports no other part of vaeq at its
@@ -7,8 +7,9 @@ top.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,6 +17,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vaeq.config import RunConfig
+    from vaeq.sweep import SweepResult
 
 
 class GridSweeper(BasicSweeper):
@@ -34,8 +41,8 @@ class GridSweeper(BasicSweeper):
         return [self.launcher.launch(jobs, initial_job_idx=0)]
 
 
-class PoolLauncher(Launcher):
-    """One single-threaded process a run, as many at a time as there are cores."""
+class SweepLauncher(Launcher):
+    """Checks every job of a sweep before any starts; how they run is its subclass's affair."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -46,13 +53,61 @@ class PoolLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Check every job, then run them; raise at the end if any failed."""
+        """Run what is not finished; raise at the end if any run failed."""
         from rich.console import Console
 
         from vaeq.compose import run_configs
-        from vaeq.pool import raise_failures, run_sweep
+        from vaeq.sweep import run_sweep
 
         configs = run_configs(self.hydra_context.config_loader, self.config, job_overrides)
-        result = run_sweep(configs, self.config.n_jobs, Console())
-        raise_failures(result)
+        console = Console()
+        result = run_sweep(configs, console, lambda todo, ends: self.execute(todo, ends, console))
+        result.raise_failures()
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=None) for _ in configs]
+
+    @abstractmethod
+    def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
+        """Run every config and note its end in ``result``."""
+
+
+class PoolLauncher(SweepLauncher):
+    """One single-threaded process a run, as many at a time as there are cores."""
+
+    def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
+        from vaeq.pool import Pool, available_cores
+
+        Pool(console, self.config.n_jobs or available_cores()).run(todo, result)
+
+
+class EnsembleLauncher(SweepLauncher):
+    """Runs of one shape train as one program, in this process, on one device.
+
+    Args:
+        members: runs in one program at most; the others follow in further programs.
+    """
+
+    def __init__(self, members: int = 64) -> None:
+        self.members = members
+
+    def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
+        from vaeq.config import run_name
+        from vaeq.experiment import prepare, run_ensemble
+        from vaeq.pool import available_cores
+        from vaeq.progress import Event, display
+        from vaeq.sweep import ensembles, require_folders
+
+        groups = ensembles(todo, self.members)
+        for group in groups:
+            prepare(group[0])
+        require_folders(todo)
+        with display(console, [run_name(config) for config in todo]) as screen:
+
+            def notify(event: Event) -> None:
+                result.note(event)
+                screen.update(event)
+
+            for group in groups:
+                endings = run_ensemble(group, notify, group[0].threads or available_cores())
+                for config, ending in zip(group, endings, strict=True):
+                    if isinstance(ending, Exception):
+                        notify(Event("failed", run_name(config), message=str(ending)))

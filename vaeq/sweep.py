@@ -1,0 +1,133 @@
+"""What a sweep is before any of it runs: which runs are left to do, in what order, how they ended.
+
+No torch in this module: a sweep whose runs are all finished must be over in a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+
+from rich.console import Console
+
+from vaeq.config import RunConfig, config_hash, run_name
+from vaeq.errors import VaeqError
+from vaeq.progress import Event
+from vaeq.record import (
+    RunRecord,
+    complete_record,
+    require_writable,
+    run_directory,
+    write_config,
+    write_record,
+    write_status,
+)
+
+# Failed runs named in the closing sentence; the others were shown when they fell.
+_NAMED = 5
+
+
+@dataclass
+class SweepResult:
+    """Run names by how they ended, with the message of each failure."""
+
+    complete: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def note(self, event: Event) -> None:
+        """Take in the last word of a run; other events pass."""
+        if event.kind == "complete":
+            self.complete.append(event.run)
+        elif event.kind == "skipped":
+            self.skipped.append(event.run)
+        elif event.kind == "failed":
+            self.failed[event.run] = event.message
+
+    def raise_failures(self) -> None:
+        """One sentence for the failed runs; each one's own reason was shown when it fell."""
+        if not self.failed:
+            return
+        total = len(self.complete) + len(self.skipped) + len(self.failed)
+        names = ", ".join(list(self.failed)[:_NAMED])
+        more = ", ..." if len(self.failed) > _NAMED else ""
+        raise VaeqError(
+            f"{len(self.failed)} of {total} runs failed: {names}{more}. "
+            "The same command tries them again."
+        )
+
+
+def work(config: RunConfig) -> float:
+    """About how long a run takes, in multiplications: to start the longest first."""
+    pixels = 784
+    encoder = [pixels, *[config.encoder_width] * config.encoder_depth, 2 * config.latent_dim]
+    decoder = [config.latent_dim, *[config.decoder_width] * config.decoder_depth, pixels]
+    weights = sum(a * b for sizes in (encoder, decoder) for a, b in pairwise(sizes))
+    return float(weights) * config.epochs * (config.data.n_train or 60_000)
+
+
+def run_sweep(
+    configs: Sequence[RunConfig],
+    console: Console,
+    execute: Callable[[list[RunConfig], SweepResult], None],
+) -> SweepResult:
+    """Hand what is not finished yet, longest first, to ``execute``, which notes how each run ended.
+
+    Raises:
+        InputError: the folder, the device or the data of some run cannot be used; nothing started.
+    """
+    runs = {run_directory(config): config for config in configs}
+    todo: list[RunConfig] = []
+    result = SweepResult()
+    for directory, config in runs.items():
+        if complete_record(directory, config) is None:
+            todo.append(config)
+        else:
+            result.skipped.append(run_name(config))
+    if result.skipped:
+        console.print(
+            f"{len(result.skipped)} of {len(runs)} runs are finished and skipped; "
+            f"{len(todo)} to do",
+            markup=False,
+            highlight=False,
+        )
+    if todo:
+        execute(sorted(todo, key=work, reverse=True), result)
+    return result
+
+
+def require_folders(configs: Sequence[RunConfig]) -> None:
+    """Prove that the folders of all runs can be written."""
+    for folder in {run_directory(config).parent for config in configs}:
+        require_writable(folder)
+
+
+def ensembles(configs: Sequence[RunConfig], most: int) -> list[list[RunConfig]]:
+    """The runs that can train as one program, at most so many in each.
+
+    Members share the network but for its latent dimension, the batches and the number of steps;
+    seed, β, warm-up and learning rate are their own. Those of a learning rate stand together.
+    """
+    groups: dict[str, list[RunConfig]] = {}
+    own = ("latent_dim", "seed", "beta", "kl_warmup_epochs", "learning_rate", "early_stopping")
+    for config in configs:
+        shared = {name: v for name, v in asdict(config).items() if name not in (*own, "measure")}
+        groups.setdefault(repr(shared), []).append(config)
+    result = []
+    for group in groups.values():
+        group.sort(key=lambda config: config.learning_rate)
+        result += [group[i : i + most] for i in range(0, len(group), most)]
+    return result
+
+
+def record_death(config: RunConfig, epoch: int, message: str) -> None:
+    """Write the failure of a run whose process could not write it; its checkpoint stays."""
+    directory = run_directory(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    failure = {"type": "WorkerDied", "message": message}
+    write_config(directory, config)
+    write_record(
+        directory, RunRecord("failed", asdict(config), config_hash(config), failure=failure)
+    )
+    write_status(directory, "failed", epoch, config.epochs, failure=failure)
