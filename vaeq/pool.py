@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -34,15 +34,36 @@ class _Worker:
     epoch: int = 0
 
 
-def available_cores() -> int:
-    """Cores this process may use: its affinity mask, and the quota of its control group."""
+def available_cores(root: Path = Path("/")) -> int:
+    """Cores this process may use: its affinity mask, and the quotas of its control groups."""
     cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no control group, or its quota is "max"
+    for quota, period in _quotas(root):
+        cores = min(cores, max(1, quota // period))
     return cores
+
+
+def _quotas(root: Path) -> Iterator[tuple[int, int]]:
+    """(quota, period) of CPU time of this process's control group and of those above it."""
+    groups = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "cpu" not in controllers.split(","):
+            continue
+        base = groups if number == "0" else groups / "cpu"
+        own = Path(path.lstrip("/"))
+        for folder in {base / own, *(base / parent for parent in own.parents), base}:
+            with contextlib.suppress(OSError, ValueError):  # no quota here, or it is "max"
+                if number == "0":
+                    quota, period = (folder / "cpu.max").read_text().split()
+                else:
+                    quota = (folder / "cpu.cfs_quota_us").read_text()
+                    period = (folder / "cpu.cfs_period_us").read_text()
+                if int(quota) > 0:
+                    yield int(quota), int(period)
 
 
 class Pool:

@@ -76,7 +76,10 @@ class PoolLauncher(SweepLauncher):
     def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
         from vaeq.pool import Pool, available_cores
 
-        Pool(console, self.config.n_jobs or available_cores()).run(todo, result)
+        # A run that was given more threads takes the place of as many workers.
+        threads = max(config.threads or 1 for config in todo)
+        n_jobs = self.config.n_jobs or max(1, available_cores() // threads)
+        Pool(console, n_jobs).run(todo, result)
 
 
 class EnsembleLauncher(SweepLauncher):

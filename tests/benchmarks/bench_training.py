@@ -1,0 +1,325 @@
+"""Training: one run beside the usual loops and the arithmetic; a sweep; an ensemble; starting up.
+
+Run with `python -m tests.benchmarks.bench_training [name ...]`, name a key of BENCHMARKS.
+Prints tables and writes outputs/bench/training.json. Every ratio is of times taken in turn.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tests.benchmarks import textbook
+from tests.benchmarks.bench_divergence import say, summary, three
+from vaeq.config import DataConfig, MeasureConfig, RunConfig
+from vaeq.data import load_images
+from vaeq.divergence import marginal_kl
+from vaeq.divergence.marginals import marginals
+from vaeq.ensemble import Ensemble, encode_all
+from vaeq.errors import TrainingDiverged
+from vaeq.experiment import build, recipe, resolve_device, resolve_precision
+from vaeq.pool import Pool, available_cores
+from vaeq.posterior import AggregatedPosterior
+from vaeq.sweep import SweepResult
+from vaeq.train import State, fit, fit_together, train_epoch
+
+REPEATS = 5
+OUTPUT = Path("outputs/bench/training.json")
+TEXTBOOK = RunConfig(
+    latent_dim=20, encoder_depth=1, encoder_width=400, decoder_depth=1, decoder_width=400
+)
+# The same model and batches; only the step sizes differ from the textbook's constant 1e-3.
+FAST = replace(TEXTBOOK, learning_rate=7e-3, schedule="cosine", epochs=6)
+DEEP = RunConfig(latent_dim=8)
+SHAPES: dict[str, tuple[RunConfig, list[int]]] = {
+    "784-400-20": (TEXTBOOK, [400]),
+    "784-500-500-8": (DEEP, [500, 500]),
+}
+
+
+def device_and_precision() -> tuple[torch.device, str]:
+    device = resolve_device("auto")
+    return device, resolve_precision("auto", device)
+
+
+def fresh(config: RunConfig) -> State:
+    return build(config, 784, resolve_device("auto"))
+
+
+def bench_target() -> list[dict[str, Any]]:
+    """Time to the ELBO the textbook example has after ten epochs."""
+    device, precision = device_and_precision()
+    images = load_images().to(device)
+    cpu = load_images()
+    say(
+        "seconds to the held-out negative ELBO that the textbook example has after 10 epochs "
+        f"(784-400-20, batch 128); vaeq: learning_rate=7e-3 schedule=cosine epochs=6, {precision}"
+    )
+    say(
+        f"{'seed':>4} {'textbook':>9} {'-ELBO':>8} "
+        f"{'vaeq':>7} {'-ELBO':>8} {'epochs':>6} {'ratio':>7}"
+    )
+    rows = []
+    for seed in range(REPEATS):
+        slow, target = textbook.textbook(
+            (cpu.train, cpu.train_labels), (cpu.test, cpu.test_labels), 10, seed
+        )
+        config = replace(FAST, seed=seed)
+        began = time.perf_counter()
+        state = fresh(config)
+        reached: list[tuple[float, float, int]] = []
+
+        def note(state: State, began: float = began, target: float = target) -> None:
+            elbo = -state.history[-1]["test_elbo"]
+            if not reached and elbo <= target:  # noqa: B023
+                reached.append((time.perf_counter() - began, elbo, state.epoch))  # noqa: B023
+
+        fit(state, images, recipe(config), precision=precision, on_epoch=note)
+        seconds, elbo, epoch = reached[0] if reached else (None, None, None)
+        row = {
+            "seed": seed, "textbook_seconds": slow, "target": target, "vaeq_seconds": seconds,
+            "vaeq": elbo, "epochs": epoch, "ratio": slow / seconds if seconds else None,
+        }  # fmt: skip
+        rows.append(row)
+        mine = f"{seconds:7.2f} {elbo:8.2f} {epoch:6d} {slow / seconds:6.1f}x" if seconds else (
+            f"not reached: {-state.history[-1]['test_elbo']:.2f}"
+        )  # fmt: skip
+        say(f"{seed:>4} {slow:9.1f} {target:8.2f} {mine}")
+    ratios = [row["ratio"] for row in rows if row["ratio"]]
+    if ratios:
+        say(f"ratio {three(summary(ratios))} (min / median / max of {len(ratios)})\n")
+    return rows
+
+
+def bench_epoch() -> list[dict[str, Any]]:
+    """An epoch of training beside the usual loops and the float32 products alone."""
+    images = load_images()
+    device, best = device_and_precision()
+    ours = images.to(device)
+    say("seconds of a training epoch, 60000 images, batch 128 (min / median / max of "
+        f"{REPEATS}, in turn); ratios are medians of the turns")  # fmt: skip
+    rows = []
+    everything = torch.get_num_threads()
+    for threads in sorted({1, everything}):
+        torch.set_num_threads(threads)
+        for name, (config, hidden) in SHAPES.items():
+            runs: dict[str, Callable[[], float]] = {
+                "floor": lambda h=hidden, c=config: textbook.matmul_floor(60_000, h, c.latent_dim),
+                "tensor loop": lambda h=hidden, c=config: textbook.tensor_loop(
+                    images.train, h, c.latent_dim
+                ),
+            }
+            for precision in dict.fromkeys(("fp32", best)):
+                state = fresh(config)
+                ensemble = Ensemble([state.vae], [state.moments], [1e-3], precision)
+                runs[f"vaeq {precision}"] = lambda e=ensemble, c=config: timed_epoch(e, c, ours)
+            if config is TEXTBOOK:
+                tenth = (images.train[:6000], images.train_labels[:6000])
+                one = (images.test[:1], images.test_labels[:1])
+                runs["textbook*"] = lambda a=tenth, b=one: 10 * textbook.textbook(a, b, 1, 0)[0]
+            pythae = pythae_seconds(images.train[:6000], hidden, config.latent_dim)
+            if pythae is not None:
+                runs["pythae*"] = pythae
+            times: dict[str, list[float]] = {label: [] for label in runs}
+            for repeat in range(REPEATS + 1):
+                for label, run in runs.items():
+                    seconds = run()
+                    if repeat:  # the first is not counted
+                        times[label].append(seconds)
+            say(f"{name}, {threads} thread{'s' if threads > 1 else ''}")
+            own = f"vaeq {best}"
+            for label, taken in times.items():
+                ratio = statistics.median(
+                    other / mine for other, mine in zip(taken, times[own], strict=True)
+                )
+                rows.append({"model": name, "threads": threads, "loop": label,
+                             "seconds": summary(taken), "over_vaeq": ratio})  # fmt: skip
+                say(f"  {label:<12} {three(summary(taken)):>22}   {ratio:6.2f} x {own}")
+    torch.set_num_threads(everything)
+    say("* of a tenth of the images, times ten; the textbook's without its test pass\n")
+    return rows
+
+
+def timed_epoch(ensemble: Ensemble, config: RunConfig, images: Any) -> float:
+    began = time.perf_counter()
+    train_epoch(ensemble, images, [recipe(config)] * len(ensemble), 1, ensemble.step)
+    float(ensemble.totals.sum())  # waits for the device
+    return time.perf_counter() - began
+
+
+def pythae_seconds(
+    images: torch.Tensor, hidden: list[int], latent_dim: int
+) -> Callable[[], float] | None:
+    try:
+        import pythae  # noqa: F401
+    except ImportError:
+        say("  pythae is not installed (pip install 'vaeq[bench]') and left out")
+        return None
+    return lambda: 10 * textbook.pythae_epoch(images, hidden, latent_dim)
+
+
+def bench_sweep() -> list[dict[str, Any]]:
+    """Runs side by side against one worker, and what a run costs beside its training."""
+    cores = available_cores()
+    say(
+        f"a sweep of {2 * cores} runs of 784-500-500-8, 2 epochs each, by one worker and by {cores}"
+    )
+    rows: list[dict[str, Any]] = []
+    ratios = []
+    for _ in range(REPEATS):
+        seconds = {n: sweep_seconds(n, 2 * cores, epochs=2) for n in dict.fromkeys((1, cores))}
+        ratios.append(seconds[1] / seconds[cores])
+        rows.append({"seconds": seconds, "speedup": ratios[-1]})
+    say(f"  speed-up {three(summary(ratios))} on {cores} cores (min / median / max of {REPEATS})")
+    tiny = [sweep_seconds(1, 40, epochs=1, n_train=256, width=8) / 40 for _ in range(REPEATS)]
+    rows.append({"seconds_a_tiny_run": summary(tiny)})
+    say(f"  a run of 256 images and 8 units, everything included: {three(summary(tiny))} s\n")
+    return rows
+
+
+def sweep_seconds(
+    workers: int, runs: int, *, epochs: int, n_train: int | None = None, width: int = 500
+) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        config = RunConfig(
+            latent_dim=8,
+            encoder_width=width,
+            decoder_width=width,
+            epochs=epochs,
+            outputs=folder,
+            device="cpu",
+            data=DataConfig(n_train=n_train, n_test=n_train),
+            measure=MeasureConfig(panel="decomposition", n_samples=100),
+        )
+        configs = [replace(config, seed=seed) for seed in range(runs)]
+        result = SweepResult()
+        began = time.perf_counter()
+        Pool(Console(file=io.StringIO()), workers).run(configs, result)
+        assert len(result.complete) == runs
+        return time.perf_counter() - began
+
+
+def bench_ensemble() -> list[dict[str, Any]]:
+    """Runs of one shape as one program against the same runs one after another."""
+    device, precision = device_and_precision()
+    images = load_images().to(device)
+    say(f"an epoch of 8 runs of 784-500-500-D, D = 2 to 16, on {device.type}: together against one "
+        "after another")  # fmt: skip
+    configs = [replace(DEEP, latent_dim=d, seed=s) for d in (2, 4, 8, 16) for s in (0, 1)]
+    together, alone = [], []
+    for repeat in range(REPEATS + 1):
+        states = [fresh(config) for config in configs]
+        rates = [config.learning_rate for config in configs]
+        stack = Ensemble([s.vae for s in states], [s.moments for s in states], rates, precision)
+        seconds = timed_epoch(stack, DEEP, images)
+        single = 0.0
+        for state in states:
+            solo = Ensemble([state.vae], [state.moments], [1e-3], precision)
+            single += timed_epoch(solo, DEEP, images)
+        if repeat:
+            together.append(seconds)
+            alone.append(single)
+    ratios = [a / t for a, t in zip(alone, together, strict=True)]
+    say(f"  together {three(summary(together))} s, alone {three(summary(alone))} s, "
+        f"ratio {three(summary(ratios))}\n")  # fmt: skip
+    return [{"together": summary(together), "alone": summary(alone), "ratio": summary(ratios)}]
+
+
+def bench_startup() -> list[dict[str, Any]]:
+    """What a person waits for before anything happens."""
+    first_step = (
+        "from vaeq.config import RunConfig; from vaeq.experiment import prepare, build, recipe\n"
+        "from vaeq.ensemble import Ensemble; from vaeq.train import train_epoch\n"
+        "c = RunConfig(); precision, images = prepare(c); s = build(c, 784, images.train.device)\n"
+        "e = Ensemble([s.vae], [s.moments], [1e-3], precision)\n"
+        "class Stop(Exception): pass\n"
+        "def once(*batch):\n    e.step(*batch); raise Stop\n"
+        "try: train_epoch(e, images, [recipe(c)], 1, once)\n"
+        "except Stop: pass\n"
+    )
+    commands = {
+        "import torch, the floor": [sys.executable, "-c", "import torch"],
+        "vaeq --help": [sys.executable, "-m", "vaeq", "--help"],
+        "vaeq report, of nothing": [sys.executable, "-m", "vaeq", "report", "runs=nothing"],
+        "to the first step": [sys.executable, "-c", first_step],
+    }
+    say(f"starting up, seconds (min / median / max of {REPEATS})")
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(REPEATS):
+        for name, command in commands.items():
+            began = time.perf_counter()
+            subprocess.run(command, capture_output=True, check=False, env={**os.environ})
+            times[name].append(time.perf_counter() - began)
+    for name, taken in times.items():
+        say(f"  {name:<26} {three(summary(taken))}")
+    say("")
+    return [{"command": name, "seconds": summary(taken)} for name, taken in times.items()]
+
+
+def bench_precision() -> list[dict[str, Any]]:
+    """Does bf16 move the science? The same seeds in both, against the spread over seeds."""
+    device = resolve_device("auto")
+    images = load_images().to(device)
+    say("bf16 against fp32, 5 seeds each, MLP 2x500, 10 epochs: mean ± sd over seeds, and the "
+        "difference in units of its standard error")  # fmt: skip
+    rows = []
+    for latent_dim in (2, 8):
+        configs = [replace(DEEP, latent_dim=latent_dim, seed=seed) for seed in range(5)]
+        found: dict[str, dict[str, list[float]]] = {}
+        for precision in ("fp32", "bf16"):
+            states = [fresh(config) for config in configs]
+            fit_together(
+                states, images, [recipe(c) for c in configs], precision=precision,
+                on_diverged=fail,
+            )  # fmt: skip
+            values: dict[str, list[float]] = {
+                "elbo": [],
+                "dimension_kl_mean": [],
+                "marginal_kl": [],
+            }
+            for state, codes in zip(
+                states, encode_all([s.vae for s in states], images.train), strict=True
+            ):
+                posterior = AggregatedPosterior(*codes)
+                values["elbo"].append(state.history[-1]["test_elbo"])
+                values["dimension_kl_mean"].append(statistics.mean(marginals(posterior)["kl"]))
+                joint = marginal_kl(posterior, 10_000, torch.Generator(device).manual_seed(0))
+                values["marginal_kl"].append(float(joint.value or float("nan")))
+            found[precision] = values
+        for metric in ("elbo", "dimension_kl_mean", "marginal_kl"):
+            fp32, bf16 = found["fp32"][metric], found["bf16"][metric]
+            spread = (statistics.variance(fp32) / 5 + statistics.variance(bf16) / 5) ** 0.5
+            z = (statistics.mean(bf16) - statistics.mean(fp32)) / spread
+            rows.append({"latent_dim": latent_dim, "metric": metric, "fp32": fp32, "bf16": bf16,
+                         "z": z})  # fmt: skip
+            say(f"  D = {latent_dim}  {metric:<18} fp32 {statistics.mean(fp32):10.4f} ± "
+                f"{statistics.stdev(fp32):.4f}   bf16 {statistics.mean(bf16):10.4f} ± "
+                f"{statistics.stdev(bf16):.4f}   z = {z:+.2f}")  # fmt: skip
+    say("")
+    return rows
+
+
+def fail(member: int, error: TrainingDiverged) -> None:
+    raise error
+
+
+BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "startup": bench_startup,
+    "epoch": bench_epoch,
+    "target": bench_target,
+    "sweep": bench_sweep,
+    "ensemble": bench_ensemble,
+    "precision": bench_precision,
+}
