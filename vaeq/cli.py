@@ -29,6 +29,7 @@ EXAMPLES = {
         "vaeq sweep latent_dim=2,8,32",
         "vaeq sweep experiment=finding",
         "vaeq sweep experiment=width n_jobs=1 epochs=5",
+        "vaeq sweep experiment=finding hydra/launcher=ensemble",
     ),
     "measure": ("vaeq measure codes=codes.npz output=codes.json",),
     "report": ("vaeq report", "vaeq report runs=outputs/finding output=/tmp/finding"),
@@ -286,7 +287,8 @@ def _print_help(command: str) -> None:
     console.print("\nSettings, with their defaults:", highlight=False)
     console.print(table, highlight=False)
     if command in ("train", "sweep"):
-        for group in ("experiment", "data"):
+        groups = ("experiment", "data", "hydra/launcher")
+        for group in groups if command == "sweep" else groups[:2]:
             files = resources.files("vaeq.configs").joinpath(group).iterdir()
             names = sorted(file.name[:-5] for file in files if file.name.endswith(".yaml"))
             console.print(f"\n{group}= {', '.join(names)}", highlight=False, markup=False)
