@@ -157,9 +157,45 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
+class GenerationConfig:
+    """What the trained decoder is asked: the likelihood of held-out images, the worth of samples."""
+
+    n_importance: int | None = key(
+        200,
+        "importance draws an image for log p(x) and the inference gap; null: not estimated",
+        unit="draws",
+        low=2,
+        high=1_000_000,
+    )
+    likelihood_images: int = key(
+        1000, "held-out images of which log p(x) is estimated, at most", unit="images", low=2
+    )
+    ais_images: int = key(
+        0,
+        "held-out images on which annealed importance sampling checks log p(x); 0: none",
+        unit="images",
+        low=0,
+    )
+    quality: bool = key(
+        True,
+        "judge samples from the prior, the aggregated posterior, an ex-post mixture and a scaled "
+        "prior in the features of a digit classifier",
+    )
+
+    def __post_init__(self) -> None:
+        check(self, "generation.")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One VAE: fitted, measured, written to one directory."""
 
+    model: str = key(
+        "mlp",
+        "mlp: a VAE of two multilayer perceptrons; ppca: probabilistic PCA by EM, whose posterior "
+        "is exact (of the settings of the network only latent_dim matters then)",
+        choices=("mlp", "ppca"),
+    )
     latent_dim: int = key(2, "dimension of the latent code z", low=1, high=4096)
     encoder_depth: int = key(2, "hidden layers of the encoder; 0 is linear", low=0, high=64)
     encoder_width: int = key(500, "units in a hidden encoder layer", low=1, high=65536)
@@ -215,6 +251,7 @@ class RunConfig:
     )
     data: DataConfig = field(default_factory=DataConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
         check(self)
@@ -267,6 +304,34 @@ class CodesConfig(MeasureConfig):
 
 
 @dataclass(frozen=True)
+class SampleConfig:
+    """Which trained run to draw pictures from, and how."""
+
+    run: str | None = key(None, "folder of a finished run")
+    picture: str = key(
+        "samples",
+        "samples; plane: the manifold of a two-dimensional code; interpolations between held-out "
+        "digits; reconstructions of held-out digits under their originals",
+        choices=("samples", "plane", "interpolations", "reconstructions"),
+    )
+    source: str = key(
+        "prior",
+        "where the codes of samples come from: N(0, I), the aggregated posterior, a Gaussian "
+        "mixture fitted to it, or N(0, scale² I)",
+        choices=("prior", "aggregated", "gmm", "scaled"),
+    )
+    scale: float = key(0.8, "standard deviation of source=scaled", above=0, high=100)
+    n: int = key(100, "images; the plane has about as many", unit="images", low=1, high=1_000_000)
+    seed: int = key(0, "seed of everything that is drawn", low=0, high=2**31 - 1)
+    output: str | None = key(None, "folder that receives the PNG and the .npz; null: the run's own")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.run is None:
+            raise InputError("run is missing; give run=FOLDER of a finished run.")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Which runs to tabulate, and where the report goes."""
 
@@ -290,6 +355,20 @@ def science(config: Any) -> dict[str, Any]:
         elif item.metadata["key"].science:
             values[item.name] = value
     return values
+
+
+def run_config(values: dict[str, Any]) -> RunConfig:
+    """The typed config of a record's plain values.
+
+    Raises:
+        InputError: a value is missing, unknown or out of its range.
+    """
+    parts = {"data": DataConfig, "measure": MeasureConfig, "generation": GenerationConfig}
+    try:
+        nested = {name: schema(**values[name]) for name, schema in parts.items()}
+        return RunConfig(**{**values, **nested})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"its settings are those of another version of vaeq ({error}).") from None
 
 
 def config_hash(config: RunConfig) -> str:

@@ -1,0 +1,138 @@
+"""What the decoder makes of codes: likelihood of held-out images, worth of samples, pictures.
+
+The place where the mismatch between q(z) and N(0, I) is paid for: log p(x) under either prior, and
+samples decoded from either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vaeq.classifier import load_classifier
+from vaeq.data import Images
+from vaeq.divergence.ex_post import ExPost, fit_ex_post
+from vaeq.errors import InputError
+from vaeq.estimate import Estimate
+from vaeq.likelihood import ais_check, log_likelihood
+from vaeq.posterior import AggregatedPosterior
+from vaeq.quality import missing_quality, sample_quality
+from vaeq.samplers import (
+    SOURCES,
+    as_uint8,
+    decode_means,
+    interpolations,
+    latent_plane,
+    samplers,
+)
+
+# Of every kind of picture, enough to see and few enough to keep with a thousand runs.
+SHOWN = 64
+RECONSTRUCTED = 20
+PAIRS, STEPS = 6, 10
+PLANE_SIDE = 20
+
+Codes = tuple[Tensor, Tensor]
+Decode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A trained decoder with the codes and the images it belongs to.
+
+    Args:
+        decode: codes (B, D) → Bernoulli logits (B, pixels).
+        codes, test_codes: mean and logvar of q(z|x) for the training and the held-out images.
+    """
+
+    decode: Decode
+    codes: Codes
+    test_codes: Codes
+    images: Images
+
+    @property
+    def posterior(self) -> AggregatedPosterior:
+        """q_N of the training images."""
+        return AggregatedPosterior(*self.codes)
+
+    def fit_ex_post(self, generator: torch.Generator) -> ExPost:
+        """The mixture that stands in for N(0, I), fitted to training codes alone."""
+        return fit_ex_post(self.posterior, generator)
+
+    def likelihood(
+        self, ex_post: ExPost, generator: torch.Generator, *, n_importance: int, n_images: int
+    ) -> dict[str, Estimate]:
+        """log p(x), inference gap and prior cost of the first held-out images."""
+        part = slice(n_images)
+        mean, logvar = self.test_codes
+        return log_likelihood(
+            self.decode,
+            mean[part],
+            logvar[part],
+            self.images.observed("test")[part],
+            generator,
+            n_importance=n_importance,
+            log_prior=ex_post.density.log_prob,
+        )
+
+    def annealed(self, generator: torch.Generator, n_images: int) -> dict[str, Estimate]:
+        """What importance sampling misses, by annealing."""
+        held_out = self.images.observed("test")
+        return ais_check(self.decode, *self.test_codes, held_out, generator, n_images=n_images)
+
+    def quality(
+        self, ex_post: ExPost, generator: torch.Generator, cache: Path
+    ) -> dict[str, Estimate]:
+        """Samples of every source in the features of a classifier kept in ``cache``."""
+        images = self.images
+        train, test = images.observed("train"), images.observed("test")
+        try:
+            classifier = load_classifier(
+                cache, train, images.train_labels, test, images.test_labels, data_md5=images.md5
+            )
+        except InputError as error:
+            return missing_quality(str(error))
+        sources = samplers(self.posterior, ex_post)
+        return sample_quality(self.decode, sources, train, test, classifier, generator)
+
+    def pictures(self, ex_post: ExPost, generator: torch.Generator) -> dict[str, Tensor]:
+        """Small sets of uint8 images (n, height, width) by name, for the report."""
+        flat = {
+            name: as_uint8(decode_means(self.decode, sampler(SHOWN, generator)))
+            for name, sampler in samplers(self.posterior, ex_post).items()
+        }
+        flat["originals"], flat["reconstructions"] = self.reconstructions(RECONSTRUCTED)
+        flat["interpolations"] = self.interpolations(PAIRS, STEPS)
+        if self.codes[0].shape[1] == 2:
+            flat["plane"] = self.plane(PLANE_SIDE)
+        return {name: square(images) for name, images in flat.items()}
+
+    def reconstructions(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first held-out images, and what comes back from the means of their codes."""
+        originals = self.images.observed("test")[:count]
+        return originals, as_uint8(decode_means(self.decode, self.test_codes[0][:count]))
+
+    def interpolations(self, pairs: int, steps: int) -> Tensor:
+        """Between the codes of one held-out digit and the next."""
+        mean = self.test_codes[0]
+        pairs = min(pairs, len(mean) // 2)
+        return as_uint8(interpolations(self.decode, mean[: 2 * pairs].unflatten(0, (pairs, 2)), steps))
+
+    def plane(self, side: int) -> Tensor:
+        """The manifold of a two-dimensional code."""
+        mean = self.codes[0]
+        return as_uint8(latent_plane(self.decode, mean.shape[1], side, device=mean.device))
+
+
+def square(images: Tensor) -> Tensor:
+    """Rows of pixels as square images, or as one line each where they are not square."""
+    side = round(images.shape[1] ** 0.5)
+    height = side if side * side == images.shape[1] else 1
+    return images.unflatten(1, (height, -1)).cpu().contiguous()
+
+
+__all__ = ["SOURCES", "Decoder", "square"]

@@ -1,0 +1,103 @@
+"""Pictures and arrays from a finished run's decoder: ``vaeq sample``."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import encode_png
+from torchvision.utils import make_grid
+
+from vaeq.checkpoint import load_checkpoint
+from vaeq.config import SampleConfig, config_hash, run_config
+from vaeq.ensemble import encode_all
+from vaeq.errors import InputError
+from vaeq.experiment import build, prepare
+from vaeq.generation import Decoder, square
+from vaeq.record import RECORD, read_record, require_writable, write_atomic
+from vaeq.samplers import as_uint8, decode_means, samplers
+from vaeq.seeds import derive_seed
+
+# Digits side by side in interpolations.
+_STEPS = 10
+
+
+def sample(config: SampleConfig) -> list[Path]:
+    """Draw what the config asks for; returns the PNG and the .npz that were written.
+
+    The .npz holds ``images`` (n, height, width) uint8 and, for samples, their codes ``z``.
+
+    Raises:
+        InputError: no finished run lies there, its data are others, the folder cannot be written.
+    """
+    assert config.run is not None
+    directory = Path(config.run)
+    decoder = load_decoder(directory)
+    name, images, codes = _draw(config, decoder)
+    output = Path(config.output) if config.output is not None else directory
+    require_writable(output)
+    rows = {"plane": math.isqrt(len(images)), "interpolations": _STEPS}
+    columns = rows.get(config.picture, min(len(images), 20))
+    if config.picture == "samples":
+        columns = math.ceil(math.sqrt(len(images)))
+    grid = make_grid(square(images)[:, None], nrow=columns, padding=2, pad_value=128)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, images=square(images).numpy(), **codes)
+    paths = [output / f"{name}.png", output / f"{name}.npz"]
+    write_atomic(paths[0], encode_png(grid[:1]).numpy().tobytes())
+    write_atomic(paths[1], packed.getvalue())
+    return paths
+
+
+def load_decoder(directory: Path) -> Decoder:
+    """The decoder of a finished run, with the codes of its images.
+
+    Raises:
+        InputError: there is no finished run, or its checkpoint or data are not those it was made of.
+    """
+    try:
+        record = read_record(directory / RECORD)
+    except InputError as error:
+        raise InputError(f"{directory} holds no finished run: record.json {error}") from None
+    if record.state != "complete":
+        raise InputError(f"{directory} holds a failed run; the same vaeq train tries it again.")
+    config = run_config(record.config)
+    if config.model == "ppca":
+        raise InputError(f"{directory} is a ppca run; samples are drawn from model=mlp.")
+    _, images = prepare(config)
+    if images.md5 != record.provenance["data"]["md5"]:
+        raise InputError(f"data={config.data.name} is not what {directory} was trained on.")
+    state = build(config, images.pixels, images.train.device)
+    load_checkpoint(directory, state, config_hash(config))
+    if state.epoch == 0:
+        raise InputError(f"{directory} has no checkpoint.safetensors; train it again.")
+    codes, test_codes = (encode_all([state.vae], images.observed(p))[0] for p in ("train", "test"))
+    return Decoder(state.vae.decode, codes, test_codes, images)
+
+
+def _draw(config: SampleConfig, decoder: Decoder) -> tuple[str, Tensor, dict[str, np.ndarray]]:
+    """Name, images (n, pixels) uint8 and codes of the picture asked for."""
+    if config.picture == "plane":
+        return "plane", decoder.plane(max(1, math.isqrt(config.n))), {}
+    if config.picture == "interpolations":
+        pairs = max(1, config.n // _STEPS)
+        return "interpolations", decoder.interpolations(pairs, _STEPS), {}
+    if config.picture == "reconstructions":
+        # Rows of twenty: originals, and under them what comes back.
+        blocks = [
+            part
+            for pair in zip(*(half.split(20) for half in decoder.reconstructions(config.n)), strict=True)
+            for part in pair
+        ]
+        return "reconstructions", torch.cat(blocks), {}
+    generator = torch.Generator(decoder.codes[0].device).manual_seed(
+        derive_seed(config.seed, "sample", config.source)
+    )
+    ex_post = decoder.fit_ex_post(generator)
+    z = samplers(decoder.posterior, ex_post, scale=config.scale)[config.source](config.n, generator)
+    images = as_uint8(decode_means(decoder.decode, z.float()))
+    return f"samples-{config.source}", images, {"z": z.cpu().numpy()}
