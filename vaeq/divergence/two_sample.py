@@ -97,7 +97,9 @@ def two_sample(
         statistic under the null; ``<name>_z`` = (value − null)/null_sd, how many standard
         deviations of its noise a single sample of this size is off. It grows with n and not with
         the repeats; two N(0, I) give 0 ± (2/repeats)^½. std_error: Monte Carlo error over the
-        repeats.
+        repeats, for z that of null_sd included (the delta method): a share (2 repeats − 2)^-½ of
+        z. The truth they are about is the expectation at this n, which for all but the AUC is above
+        its limit.
 
     Always defined. They rank codes of the *same* dimension; across dimensions compare z-scores, and
     prefer the KL decomposition, since all of these lose power as D grows.
@@ -132,7 +134,11 @@ def two_sample(
         estimates[f"{name}_null"] = Estimate(centre, noise / root, "1")
         # The error of a standard deviation of normal draws.
         estimates[f"{name}_null_sd"] = Estimate(noise, noise / math.sqrt(2 * (repeats - 1)), "1")
-        z_error = math.hypot(spread, noise) / noise / root
+        # Both means vary, and far from the null so does the unit they are measured in.
+        z_error = math.hypot(
+            math.hypot(spread, noise) / noise / root,
+            (value - centre) / noise / math.sqrt(2 * (repeats - 1)),
+        )
         estimates[f"{name}_z"] = Estimate((value - centre) / noise, z_error, "1")
     return estimates
 
