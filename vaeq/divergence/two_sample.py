@@ -101,7 +101,8 @@ def two_sample(
         repeats, widened by Student's t so that ±2 of it covers 95.4% however few they are (7% more
         for 20); for z that of null_sd included (the delta method). The truth is the expectation at
         this n, which for all but the AUC is above its limit. In few dimensions the statistics are
-        skewed, and the coverage is 1 to 3% less.
+        skewed: at D = 3, n = 50 ±2 s.e. covered 92 to 98% for values and nulls, 91 to 97% for z and
+        89 to 93% for null_sd.
 
     Always defined. They rank codes of the *same* dimension; across dimensions compare z-scores, and
     prefer the KL decomposition, since all of these lose power as D grows.
