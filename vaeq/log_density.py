@@ -62,7 +62,8 @@ class MixtureLogDensity:
         self._centre = sum_rows(mean) / len(mean)
         single, double = self._cancellation()
         narrow = (single > _LIMIT[torch.float32]) | (mean.dtype == torch.float64)
-        narrow |= logvar.abs().amax(1) > _EXTREME
+        low, high = logvar.aminmax(dim=1)  # |logvar| would be as large as the codes
+        narrow |= torch.maximum(-low, high) > _EXTREME
         direct = double > _LIMIT[torch.float64]
         self._single = (~narrow).nonzero()[:, 0]
         self._double = (narrow & ~direct).nonzero()[:, 0]

@@ -96,7 +96,7 @@ def marginal_kl(
     controls = torch.stack(columns, dim=1)
     response = log_q - log_p
     if n_samples >= _REGRESSION_DRAWS:
-        fitted = _intercept(response, controls)
+        fitted = intercept(response, controls)
         if fitted is not None:
             return Estimate(*fitted, "nats")
     draws = response - controls[:, 0]
@@ -104,7 +104,7 @@ def marginal_kl(
     return Estimate(float(draws.mean()), error, "nats")
 
 
-def _intercept(response: torch.Tensor, controls: torch.Tensor) -> tuple[float, float] | None:
+def intercept(response: torch.Tensor, controls: torch.Tensor) -> tuple[float, float] | None:
     """Intercept of least squares and its HC3 standard error, which holds where noise is uneven.
 
     None where one draw alone decides a slope, so that leaving it out is undefined.
