@@ -338,18 +338,18 @@ def test_very_narrow_codes_far_from_every_other_do_not_overflow() -> None:
 
 
 def repeats(
-    count: int, encode: Encoder, log_r: Callable[[Tensor], Tensor]
+    count: int, encode: Encoder, log_r: Callable[[Tensor], Tensor], draws: int = 1
 ) -> dict[str, np.ndarray]:
     """Value and error of the three ends on 200 independent held-out sets, r held fixed."""
     rows: dict[str, list[tuple[float, float]]] = {"lower": [], "pairs": [], "InfoNCE": []}
     source = generator(9)
     for _ in range(200):
         posterior = AggregatedPosterior(*encode(count, source))
-        z = module._points(posterior, source)
-        r, p = log_r(z)[:, None], module._log_prior(z)[:, None]
+        points = [module._points(posterior, source) for _ in range(draws)]
+        r, p = (torch.stack([f(z) for z in points], 1) for f in (log_r, module._log_prior))
         rows["lower"].append(known(Estimate(*module._image_mean(r - p), "nats")))
         own = module._own_weight(count, float(kl_per_image(posterior).mean()))
-        paired, infonce = module._upper_bounds(posterior, [z], r, p, own)
+        paired, infonce = module._upper_bounds(posterior, points, r, p, own)
         rows["pairs"].append(known(paired))
         rows["InfoNCE"].append(known(infonce))
     return {name: np.array(values) for name, values in rows.items()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor
 
 from vaeq.divergence.two_sample import c2st_auc, energy_distance, mmd, sliced_w2, two_sample
@@ -91,6 +92,84 @@ def test_the_classifier_comes_near_what_the_best_one_could() -> None:
     error = math.sqrt(best * (1 - best) / 3000)
     assert best - 0.03 < c2st_auc(x, y) < best + 4 * error
     assert c2st_auc(2 * samples(2000, 2, seed=5)[0], y[:2000]) > 0.65
+
+
+def normal_order_means(n: int) -> np.ndarray:
+    """Means of the order statistics of n draws of N(0, 1), by the trapezium rule."""
+    x = np.linspace(-9, 9, 4001)
+    rank = np.arange(1, n + 1)[:, None]
+    log_density = (
+        stats.norm.logpdf(x) + (rank - 1) * stats.norm.logcdf(x) + (n - rank) * stats.norm.logsf(x)
+        - special.betaln(rank, n - rank + 1)
+    )  # fmt: skip
+    means: np.ndarray = np.trapezoid(x * np.exp(log_density), x, axis=1)
+    return means
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.4])
+def test_expectations_at_finite_n_are_those_of_gaussians(scale: float) -> None:
+    """The squares of the three distances, and the AUC, for N(0, s² I) against N(0, I).
+
+    A V-statistic has mean 2 E h(X, Y) − (1 − 1/n)(E h(X, X') + E h(Y, Y')) − (2/n) h(0), h(0) the
+    value of equal points, with |X − Y|² = (s² + 1) χ²_D. In one dimension W2² matches the order
+    statistics s x₍ᵢ₎ and y₍ᵢ₎, whose squares have mean sum n and whose products that of mᵢ².
+    """
+    n, dims, repeats = 40, 3, 500
+
+    def mean_of(h: Callable[[np.ndarray], np.ndarray], variance: float) -> float:
+        t = np.linspace(0, 80, 200_001)
+        density = stats.chi2.pdf(t, dims)
+        return float(np.trapezoid(h(variance * t) * density, t))
+
+    def v_statistic(h: Callable[[np.ndarray], np.ndarray], at_zero: float) -> float:
+        alike = mean_of(h, 2 * scale**2) + mean_of(h, 2)
+        crossed = 2 * mean_of(h, scale**2 + 1)
+        return alike * (1 - 1 / n) + 2 * at_zero / n - crossed
+
+    matched = float(np.square(normal_order_means(n)).mean())
+    truth = {
+        "sliced_w2": scale**2 + 1 - 2 * scale * matched,
+        "mmd": v_statistic(lambda square: 1 / np.sqrt(1 + square), 1.0),
+        "energy_distance": -v_statistic(np.sqrt, 0.0),
+    }
+    found: dict[str, list[float]] = {name: [] for name in NAMES}
+    for seed in range(repeats):
+        x, y = samples(n, dims, seed)
+        x = scale * x
+        found["sliced_w2"].append(sliced_w2(x, y, directions(dims, seed)) ** 2)
+        found["mmd"].append(mmd(x, y) ** 2)
+        found["energy_distance"].append(energy_distance(x, y) ** 2)
+        found["c2st_auc"].append(c2st_auc(x, y))
+    if scale == 1:
+        truth["c2st_auc"] = 0.5  # by symmetry
+    for name, expected in truth.items():
+        error = np.std(found[name], ddof=1) / math.sqrt(repeats)
+        assert abs(np.mean(found[name]) - expected) < 4 * error, name
+
+
+@pytest.mark.parametrize(("shift", "width"), [(0.0, 1.0), (0.5, 0.6)])
+def test_error_bars_cover_the_expectation(shift: float, width: float) -> None:
+    """±2 s.e. of values, nulls and z-scores, for codes that are N(0, I) and for others.
+
+    The expectation is the mean over the 60 measurements, whose own error takes 1/120 off the
+    spread. With 19 degrees of freedom two standard errors cover 94.0%, with 38, for z, 94.7%: at
+    least 49 of 60 but for a chance of 2e-4 or less, and there are 24 counts.
+    """
+    q = AggregatedPosterior(
+        torch.full((10, 3), shift), torch.full((10, 3), 2 * math.log(width))
+    )  # fmt: skip
+    runs = [two_sample(q, 30, 20, torch.Generator().manual_seed(seed)) for seed in range(60)]
+    for name in NAMES:
+        for part in ("", "_null", "_z"):
+            values = np.array([run[name + part].value for run in runs])
+            errors = np.array([run[name + part].std_error for run in runs])
+            alike = part == "_z" and not shift
+            truth = 0.0 if alike else float(values.mean())
+            hits = int((np.abs(values - truth) <= 2 * errors).sum())
+            assert hits >= 49, (name + part, hits)
+            # Nor is the error merely safe: the variance of 60 is known within √(2/59) of itself.
+            ratio = np.mean(errors**2) / values.var(ddof=1)
+            assert abs(ratio - 1) < 4 * math.sqrt(2 / 59), (name + part, ratio)
 
 
 def test_the_same_distribution_gives_the_null() -> None:

@@ -11,6 +11,7 @@ Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -127,22 +128,21 @@ def _tensor(name: str, values: Any) -> torch.Tensor:
             raise InputError(
                 f"{name} must have {letter} >= 1 {what}, got shape {tuple(values.shape)}."
             )
-    bad = ~torch.isfinite(values)
-    count = int(bad.sum())
-    if count:
+    # Both ends are NaN where a value is, and no mask as large as the codes is made of good ones.
+    low, high = (float(end) for end in values.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = ~torch.isfinite(values)
         raise InputError(
-            f"{name} must be finite, got {count} NaN or infinite of {values.numel()} values, "
-            f"the first at {_first(bad)}; drop or mend those rows."
+            f"{name} must be finite, got {int(bad.sum())} NaN or infinite of {values.numel()} "
+            f"values, the first at {_first(bad)}; drop or mend those rows."
         )
     largest = _LARGEST_MEAN if name.endswith("mean") else _LARGEST_LOGVAR
-    if name.endswith(("mean", "logvar")):
-        beyond = values.abs() > largest
-        if beyond.any():
-            row, column = _first(beyond)
-            raise InputError(
-                f"{name} must be in [-{largest:g}, {largest:g}], got {values[row, column]:g} at "
-                f"[{row}, {column}]; check its scale."
-            )
+    if name.endswith(("mean", "logvar")) and max(-low, high) > largest:
+        row, column = _first(values.abs() > largest)
+        raise InputError(
+            f"{name} must be in [-{largest:g}, {largest:g}], got {values[row, column]:g} at "
+            f"[{row}, {column}]; check its scale."
+        )
     return values
 
 

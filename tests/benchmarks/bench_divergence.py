@@ -24,7 +24,11 @@ from typing import Any
 
 import torch
 
-from vaeq.divergence import marginal_kl, marginals
+from vaeq.divergence import bracket, marginal_kl, marginals
+from vaeq.divergence.reverse import reverse_marginal_kl
+from vaeq.divergence.two_sample import REPEATS as REPEATS_OF_PAIRS
+from vaeq.divergence.two_sample import two_sample
+from vaeq.estimate import Estimate
 from vaeq.posterior import AggregatedPosterior
 
 DRAWS, IMAGES = 10_000, 60_000
@@ -235,29 +239,126 @@ def bench_marginals() -> list[dict[str, Any]]:
     return rows
 
 
+COVERAGE_REPEATS = 200
+
+
 def bench_coverage() -> list[dict[str, Any]]:
+    say(f"coverage by ±2 s.e. over {COVERAGE_REPEATS} repeats; 95.4% is nominal, with a binomial "
+        "sd of 1.5%; z is (value − expectation)/s.e.")  # fmt: skip
+    return [
+        *coverage_of_marginal_kl(),
+        *coverage_of_reverse_kl(),
+        *coverage_of_two_sample(),
+        *coverage_of_bracket(),
+    ]
+
+
+def coverage_row(
+    estimator: str, target: str, found: list[tuple[float, float]], expectation: float
+) -> dict[str, Any]:
+    offsets = [(value - expectation) / error for value, error in found]
+    row = {
+        "estimator": estimator, "target": target, "expectation": expectation,
+        "coverage": sum(abs(z) <= 2 for z in offsets) / len(offsets),
+        "mean_z": statistics.mean(offsets), "sd_z": statistics.stdev(offsets),
+        "sd": statistics.stdev(value for value, _ in found),
+        "std_error": statistics.mean(error for _, error in found),
+    }  # fmt: skip
+    say(f"  {estimator:<27} {target:<18} {expectation:>9.4g} {row['coverage']:6.1%}   "
+        f"z = {row['mean_z']:+.2f} ± {row['sd_z']:.2f}")  # fmt: skip
+    return row
+
+
+def pair(estimate: Estimate) -> tuple[float, float]:
+    assert estimate.value is not None
+    assert estimate.std_error is not None
+    return estimate.value, estimate.std_error
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(COVERAGE_REPEATS)]
+
+
+def coverage_of_marginal_kl() -> list[dict[str, Any]]:
     from tests.test_decomposition import TARGETS
 
-    repeats, draws = 200, 500
-    say(f"coverage of ±2 s.e. of marginal_kl (= of MI and TC), {repeats} repeats, S = {draws}; "
-        "95.4% is nominal, with a binomial sd of 1.5%")  # fmt: skip
     rows = []
     for name, posterior in TARGETS.items():
         truth = math.fsum(marginals(posterior)["kl"])
+        found = [pair(marginal_kl(posterior, 500, source)) for source in generators()]
+        rows.append(coverage_row("marginal_kl (MI, TC), S=500", name, found, truth))
+    return rows
+
+
+def coverage_of_reverse_kl() -> list[dict[str, Any]]:
+    """On products of mixtures, where KL(p ‖ q_N) = Σ_j ∫ φ log φ/q_j, by the trapezium rule."""
+    from tests.test_decomposition import TARGETS
+
+    axis = torch.linspace(-10, 10, 40_001, dtype=torch.float64)
+    log_p = -0.5 * axis.square() - 0.5 * math.log(2 * math.pi)
+    rows = []
+    for name, posterior in TARGETS.items():
+        log_q = posterior.log_prob_marginal(axis[:, None].expand(-1, posterior.latent_dim))
+        integrand = log_p.exp() * (log_p[:, None] - log_q).sum(1)
+        truth = float(torch.trapezoid(integrand, axis))
         found = [
-            marginal_kl(posterior, draws, torch.Generator().manual_seed(seed))
-            for seed in range(repeats)
+            pair(reverse_marginal_kl(posterior, 2000, source)["reverse_marginal_kl"])
+            for source in generators()
         ]
-        offsets = [((e.value or 0.0) - truth) / (e.std_error or math.nan) for e in found]
-        row = {
-            "target": name, "n": posterior.n, "latent_dim": posterior.latent_dim, "truth": truth,
-            "coverage": sum(abs(z) <= 2 for z in offsets) / repeats,
-            "mean_z": statistics.mean(offsets), "sd_z": statistics.stdev(offsets),
-        }  # fmt: skip
-        rows.append(row)
-        say(f"  {name:<18} N = {row['n']:>3}, D = {row['latent_dim']}: {row['coverage']:6.1%}, "
-            f"z = {row['mean_z']:+.2f} ± {row['sd_z']:.2f}")  # fmt: skip
-    say("")
+        rows.append(coverage_row("reverse_marginal_kl, S=2000", name, found, truth))
+    return rows
+
+
+def coverage_of_two_sample() -> list[dict[str, Any]]:
+    """The truth is the expectation at this n, from 8000 more pairs, or by symmetry."""
+    n, long_run = 50, 8000
+    rows = []
+    for name, shift, width in (("N(0, I)", 0.0, 1.0), ("N(0.5, 0.6² I)", 0.5, 0.6)):
+        mean = torch.full((10, 3), shift)
+        posterior = AggregatedPosterior(mean, torch.full_like(mean, 2 * math.log(width)))
+        runs = [two_sample(posterior, n, REPEATS_OF_PAIRS, source) for source in generators()]
+        truth = two_sample(posterior, n, long_run, torch.Generator().manual_seed(1 << 20))
+        for statistic in runs[0]:
+            expectation = pair(truth[statistic])[0]
+            if statistic.endswith("_z") and not shift:
+                expectation = 0.0
+            elif statistic == "c2st_auc_null":
+                expectation = 0.5
+            found = [pair(run[statistic]) for run in runs]
+            rows.append(coverage_row(f"{statistic}, n={n}", name, found, expectation))
+    return rows
+
+
+def coverage_of_bracket() -> list[dict[str, Any]]:
+    """The ends on sets of held-out images, r fitted once on training images.
+
+    The expectation of the lower end comes from 200,000 more images. That of the upper ends at this
+    M is known only as the mean over the repeats.
+    """
+    from tests import test_bracket
+
+    images, draws = 300, 4
+    rows = []
+    for encode, kl in test_bracket.TARGETS:
+        source, known = torch.Generator().manual_seed(1), kl()
+        training = AggregatedPosterior(*encode(4000, source))
+        log_r = bracket._choose(training, False, source).best.log_prob
+        ends = test_bracket.repeats(images, encode, log_r, draws)
+        z = bracket._points(AggregatedPosterior(*encode(200_000, source)), source)
+        expectation = {name: float(values[:, 0].mean()) for name, values in ends.items()}
+        expectation["lower"] = float((log_r(z) - bracket._log_prior(z)).mean())
+        for name, values in ends.items():
+            found = [(value, error) for value, error in values.tolist()]
+            row = coverage_row(f"{name}, M={images}", encode.__name__, found, expectation[name])
+            sign = 1 if name == "lower" else -1
+            row["kl"] = known
+            row["on_its_side"] = sign * (known - expectation[name]) > 0
+            row["beyond"] = sum(sign * (v - known) > 2 * e for v, e in found) / len(found)
+            rows.append(row)
+            side = "below" if name == "lower" else "above"
+            verdict = side if row["on_its_side"] else f"NOT {side}"
+            say(f"{'':>4}its mean is {verdict} KL = {known:.4f}; "
+                f"beyond that by 2 s.e. in {row['beyond']:.1%} of the sets")  # fmt: skip
     return rows
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy import stats
 
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
@@ -97,7 +98,11 @@ def two_sample(
         statistic under the null; ``<name>_z`` = (value − null)/null_sd, how many standard
         deviations of its noise a single sample of this size is off. It grows with n and not with
         the repeats; two N(0, I) give 0 ± (2/repeats)^½. std_error: Monte Carlo error over the
-        repeats.
+        repeats, widened by Student's t so that ±2 of it covers 95.4% however few they are (7% more
+        for 20); for z that of null_sd included (the delta method). The truth is the expectation at
+        this n, which for all but the AUC is above its limit. In few dimensions the statistics are
+        skewed: at D = 3, n = 50 ±2 s.e. covered 92 to 98% for values and nulls, 91 to 97% for z and
+        89 to 93% for null_sd.
 
     Always defined. They rank codes of the *same* dimension; across dimensions compare z-scores, and
     prefer the KL decomposition, since all of these lose power as D grows.
@@ -124,15 +129,21 @@ def two_sample(
             for name, value in _distance_statistics(x, y).items():
                 results[name].append(value)
     estimates = {}
+    # Few repeats know their own spread badly: ±2 errors are to cover what they cover of many.
+    student = float(stats.t.ppf(stats.norm.cdf(2), repeats - 1)) / 2
+    root, root_of_spread = math.sqrt(repeats) / student, math.sqrt(2 * (repeats - 1)) / student
     for name in STATISTICS:
         value, spread = _moments(found[name])
         centre, noise = _moments(null[name])
-        root = math.sqrt(repeats)
         estimates[name] = Estimate(value, spread / root, "1")
         estimates[f"{name}_null"] = Estimate(centre, noise / root, "1")
         # The error of a standard deviation of normal draws.
-        estimates[f"{name}_null_sd"] = Estimate(noise, noise / math.sqrt(2 * (repeats - 1)), "1")
-        z_error = math.hypot(spread, noise) / noise / root
+        estimates[f"{name}_null_sd"] = Estimate(noise, noise / root_of_spread, "1")
+        # Both means vary, and far from the null so does the unit they are measured in.
+        z_error = math.hypot(
+            math.hypot(spread, noise) / noise / root,
+            (value - centre) / noise / root_of_spread,
+        )
         estimates[f"{name}_z"] = Estimate((value - centre) / noise, z_error, "1")
     return estimates
 
