@@ -12,7 +12,7 @@ import pytest
 import vaeq
 
 PACKAGE = Path(vaeq.__file__).parent
-MATHS = ["elbo", "estimate", "likelihood", "posterior", "log_density", "divergence"]
+MATHS = ["elbo", "estimate", "likelihood", "log_density", "posterior", "samplers", "divergence"]
 PLUMBING = {"cli", "compose", "config", "experiment", "pool", "progress", "record", "report"}
 
 

@@ -230,7 +230,8 @@ def ais_log_likelihood(
 
     Start at s = q(z|x): the closer to p(z|x), the less there is to anneal, and with no steps at all
     it is importance sampling with K = C. mean = logvar = 0 starts at the prior as Wu et al. do: it
-    owes nothing to the encoder and takes ten times the steps for the same variance. Momenta have
+    takes ten times the steps for the same variance (MNIST, D = 2), but owes nothing to the encoder,
+    whose q(z|x) may have missed a mode that few of its chains then reach. Momenta have
     unit mass in units of s, and each image its own step size as a function of β. It is set on a
     preliminary run of its own, a fifth as long, and fixed after that: adapting a step to the chain
     that takes it would bias w.
