@@ -12,7 +12,16 @@ import pytest
 import vaeq
 
 PACKAGE = Path(vaeq.__file__).parent
-MATHS = ["elbo", "estimate", "likelihood", "log_density", "posterior", "samplers", "divergence"]
+MATHS = [
+    "elbo",
+    "estimate",
+    "likelihood",
+    "log_density",
+    "posterior",
+    "quality",
+    "samplers",
+    "divergence",
+]
 PLUMBING = {"cli", "compose", "config", "experiment", "pool", "progress", "record", "report"}
 
 
