@@ -18,6 +18,7 @@ MATHS = [
     "likelihood",
     "log_density",
     "posterior",
+    "ppca",
     "quality",
     "samplers",
     "divergence",
