@@ -23,7 +23,7 @@ _LOG_2PI = math.log(2 * math.pi)
 # Pixels decoded at a time: 8 MiB of logits stay near the caches, and memory does not grow with K.
 _TILE = 1 << 21
 # Numbers z_ikj held at a time.
-_CODES = 1 << 22
+_CODES = 1 << 20
 # Acceptance that the step size of the preliminary run is steered to (Neal 2011, section 4.2).
 _ACCEPTANCE = 0.7
 # The sigmoid of the schedule spans ± this (Wu et al. 2017, section 2.3).

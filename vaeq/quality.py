@@ -63,7 +63,9 @@ def sample_quality(
     All sets are equally large: n = 10,000, or as many as there are training or held-out images;
     for precision and recall the first 5,000 of them. The Fréchet distance is biased upward by the
     finite n, precision and recall by it, too: at equal n the bias is about the floor's, so read
-    differences, and values against ``fid_train``.
+    differences, and values against ``fid_train``. (The classifier has seen the training images,
+    which the floor of entropy and no_digit shows.) The features are not normalised: a Fréchet
+    distance has the scale of this classifier, and compares with others of the same file alone.
 
     Args:
         decode: codes (B, D) → Bernoulli logits (B, pixels).

@@ -7,7 +7,7 @@ posterior shrunk towards and smoothed by its cluster (West 1993), and stacks Σ_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -159,10 +159,12 @@ class GaussianMixture:
             result[members] = self.mean[k] + noise[members] @ factor[k].T
         return result
 
-    def _joint(self, z: torch.Tensor) -> list[torch.Tensor]:
+    def _joint(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """log w_k + log N(z; m_k, C_k), some rows at a time: all of them need not fit in memory."""
         diagonal = self.covariance.ndim == 2
         rows = max(1, _TILE // sum(self.natural.shape))
-        return [features(part.double(), diagonal) @ self.natural for part in z.split(rows)]
+        for part in z.split(rows):
+            yield features(part.double(), diagonal) @ self.natural
 
 
 class SmoothedMixture:
