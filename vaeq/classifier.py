@@ -69,6 +69,7 @@ class Classifier:
 
     network: _Network
     accuracy: float  # on images it was not trained on
+    checksum: str  # of the weights: training repeats itself on one machine, not on all
     trained: bool  # here and now, rather than read from the folder
 
     @torch.no_grad()
@@ -111,13 +112,14 @@ def load_classifier(
         network = train_classifier(train, train_labels)
         accuracy = _accuracy(network, test, test_labels)
         tensors = _weights(network)
+        checksum = _checksum(tensors, accuracy)
         metadata = {
             "identity": identity,
             "accuracy": json.dumps(accuracy),
-            "checksum": _checksum(tensors, accuracy),
+            "checksum": checksum,
         }
         write_atomic(path, save(tensors, metadata))
-    return Classifier(network, accuracy, trained=True)
+    return Classifier(network, accuracy, checksum, trained=True)
 
 
 def classifier_hash(data_md5: str, n_train: int, n_test: int) -> str:
@@ -203,4 +205,4 @@ def _read(path: Path, identity: str, device: torch.device) -> Classifier | None:
         return None
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.eval()
-    return Classifier(network.requires_grad_(False), accuracy, trained=False)
+    return Classifier(network.requires_grad_(False), accuracy, checksum, trained=False)
