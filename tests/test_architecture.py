@@ -12,7 +12,17 @@ import pytest
 import vaeq
 
 PACKAGE = Path(vaeq.__file__).parent
-MATHS = ["elbo", "estimate", "posterior", "log_density", "divergence"]
+MATHS = [
+    "elbo",
+    "estimate",
+    "likelihood",
+    "log_density",
+    "posterior",
+    "ppca",
+    "quality",
+    "samplers",
+    "divergence",
+]
 PLUMBING = {"cli", "compose", "config", "experiment", "pool", "progress", "record", "report"}
 
 

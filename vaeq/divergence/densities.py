@@ -7,7 +7,7 @@ posterior shrunk towards and smoothed by its cluster (West 1993), and stacks Σ_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -51,6 +51,12 @@ class Gaussian:
         log_det = 2 * self._factor.diagonal().log().sum()
         return -0.5 * (white.square().sum(0) + log_det + len(offset) * _LOG_2PI)
 
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Independent draws (count, D), float64."""
+        return (
+            self._mean + _normal((count, len(self._mean)), self._mean, generator) @ self._factor.T
+        )
+
 
 class Chart:
     """Coordinates for the fits: active dimensions standardized, the others N(mean, variance) each.
@@ -90,6 +96,12 @@ class Chart:
         log_rest = -0.5 * (rest.square().sum(1) + rest.shape[1] * _LOG_2PI)
         return x[:, self.active], log_rest - self._std.log().sum()
 
+    def join(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """z (S, D) of active coordinates x, the passive ones drawn."""
+        full = _normal((len(x), len(self._mean)), self._mean, generator)
+        full[:, self.active] = x.double()
+        return self._mean + self._std * full
+
 
 class Charted:
     """A density of the active coordinates, extended to all of R^D by its chart."""
@@ -103,6 +115,12 @@ class Charted:
         """log r(x_active) + Σ_passive log N + log |Jacobian|."""
         x, log_rest = self._chart.split(z)
         return self.inner.log_prob(x) + log_rest
+
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Independent draws (count, D), float64; the inner density must have a ``sample``."""
+        if not isinstance(self.inner, GaussianMixture):
+            raise TypeError(f"{self.inner.name} cannot be sampled")
+        return self._chart.join(self.inner.sample(count, generator), generator)
 
 
 class GaussianMixture:
@@ -125,10 +143,28 @@ class GaussianMixture:
         """The component most responsible for each z (S, d), shape (S,)."""
         return torch.cat([part.argmax(1) for part in self._joint(z)])
 
-    def _joint(self, z: torch.Tensor) -> list[torch.Tensor]:
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Independent draws (count, d), float64: a component by its weight, then its normal."""
+        weight = self.weight.to(generator.device)
+        which = torch.multinomial(weight, count, replacement=True, generator=generator)
+        which = which.to(self.mean.device)
+        noise = _normal((count, self.mean.shape[1]), self.mean, generator)
+        if self.covariance.ndim == 2:
+            return self.mean[which] + self.covariance.sqrt()[which] * noise
+        factor = torch.linalg.cholesky(self.covariance)
+        result = torch.empty_like(noise)
+        # Component by component: a factor for each draw would take D² numbers a draw.
+        for k in which.unique().tolist():
+            members = which == k
+            result[members] = self.mean[k] + noise[members] @ factor[k].T
+        return result
+
+    def _joint(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """log w_k + log N(z; m_k, C_k), some rows at a time: all of them need not fit in memory."""
         diagonal = self.covariance.ndim == 2
         rows = max(1, _TILE // sum(self.natural.shape))
-        return [features(part.double(), diagonal) @ self.natural for part in z.split(rows)]
+        for part in z.split(rows):
+            yield features(part.double(), diagonal) @ self.natural
 
 
 class SmoothedMixture:
@@ -220,6 +256,11 @@ def _natural(
         square = torch.where(row == column, -0.5, -1.0) * inverse[:, row, column]
     constant = log_weight - 0.5 * (log_det + (mean * linear).sum(1) + dims * _LOG_2PI)
     return torch.cat([constant[:, None], linear, square], 1).T.contiguous()
+
+
+def _normal(shape: tuple[int, int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype)
+    return noise.to(like.device)
 
 
 def draw(
