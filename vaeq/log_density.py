@@ -57,31 +57,44 @@ class MixtureLogDensity:
     """
 
     def __init__(self, mean: torch.Tensor, logvar: torch.Tensor) -> None:
-        self._mean = mean
-        self._logvar = logvar
-        self._centre = sum_rows(mean) / len(mean)
-        single, double = self._cancellation()
+        self._mean = mean.detach()
+        self._logvar = logvar.detach()
+        self._centre = sum_rows(self._mean) / len(mean)
+        single, double, extreme = self._conditioning()
         narrow = (single > _LIMIT[torch.float32]) | (mean.dtype == torch.float64)
-        low, high = logvar.aminmax(dim=1)  # |logvar| would be as large as the codes
-        narrow |= torch.maximum(-low, high) > _EXTREME
+        narrow |= extreme > _EXTREME
         direct = double > _LIMIT[torch.float64]
         self._single = (~narrow).nonzero()[:, 0]
         self._double = (narrow & ~direct).nonzero()[:, 0]
         self._direct = (narrow & direct).nonzero()[:, 0]
 
-    def _cancellation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Σ_g (Σ_{j in g} (μ − centre)²/σ²)²)^½ of every component, for both groupings."""
-        single: list[torch.Tensor] = []
-        double: list[torch.Tensor] = []
-        rows = chunk_rows(self._mean.shape[1])
-        for mean, logvar in zip(self._mean.split(rows), self._logvar.split(rows), strict=True):
-            ratio = (mean.double() - self._centre).square() * torch.exp(-logvar.double())
-            for found, dtype in ((single, torch.float32), (double, torch.float64)):
-                width = _GROUP[dtype]
-                padded = torch.nn.functional.pad(ratio, (0, -ratio.shape[1] % width))
-                groups = padded.view(len(ratio), -1, width).sum(2)
-                found.append(groups.square().sum(1).sqrt())
-        return torch.cat(single), torch.cat(double)
+    def _conditioning(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What decides on the arithmetic of every component, float64 (N,) each.
+
+        (Σ_g (Σ_{j in g} (μ − centre)²/σ²)²)^½ for the groups of float32 and of float64, and the
+        largest |log σ²|.
+        """
+        count, dims = self._mean.shape
+        found = torch.empty(3, count, dtype=torch.float64, device=self._mean.device)
+        # Small results kept between the megabytes of every chunk leave holes in the heap, gigabytes
+        # of them at a million codes of 512 dimensions: everything here has its place beforehand.
+        rows = min(count, chunk_rows(dims))
+        widths = [_GROUP[dtype] for dtype in (torch.float32, torch.float64)]
+        padding = -dims % math.lcm(*widths)
+        ratios = torch.zeros(rows, dims + padding, dtype=torch.float64, device=found.device)
+        precisions = torch.empty(rows, dims, dtype=torch.float64, device=found.device)
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            ratio, precision = ratios[: part.stop - start], precisions[: part.stop - start]
+            precision.copy_(self._logvar[part])
+            found[2, part] = precision.abs().amax(1)
+            precision.neg_().exp_()
+            ratio[:, :dims].copy_(self._mean[part]).sub_(self._centre)
+            ratio[:, :dims].square_().mul_(precision)
+            for place, width in enumerate(widths):
+                groups = ratio.view(len(ratio), -1, width).sum(2)
+                found[place, part] = groups.square_().sum(1).sqrt()
+        return found[0], found[1], found[2]
 
     @property
     def path(self) -> str:
@@ -163,8 +176,11 @@ def chunk_rows(dims: int) -> int:
 
 def sum_rows(codes: torch.Tensor) -> torch.Tensor:
     """Column sums in float64, in bounded memory."""
-    parts = [part.double().sum(0) for part in codes.split(chunk_rows(codes.shape[1]))]
-    return torch.stack(parts).sum(0)
+    parts = codes.split(chunk_rows(codes.shape[1]))
+    sums = torch.empty(len(parts), codes.shape[1], dtype=torch.float64, device=codes.device)
+    for place, part in zip(sums, parts, strict=True):
+        torch.sum(part, 0, dtype=torch.float64, out=place)
+    return sums.sum(0)
 
 
 def _tile_shape(draws: int, device: torch.device) -> tuple[int, int]:

@@ -24,12 +24,14 @@ _REGRESSION_DRAWS = 20
 
 def kl_per_image(posterior: AggregatedPosterior) -> torch.Tensor:
     """KL(q(z|xᵢ) ‖ p) of every image in nats, closed form, shape (N,), float64 on the CPU."""
-    return torch.cat(
-        [
-            0.5 * (mean.square() + torch.expm1(logvar) - logvar).sum(1)
-            for mean, logvar in posterior.chunks()
-        ]
-    )
+    # Each in its place: small results kept between the megabytes of every chunk leave gigabytes of
+    # holes in the heap at a million codes of 512 dimensions.
+    result = torch.empty(posterior.n, dtype=torch.float64)
+    start = 0
+    for mean, logvar in posterior.chunks():
+        part = slice(start, start := start + len(mean))
+        result[part] = (mean.square() + torch.expm1(logvar) - logvar).sum(1)
+    return result.mul_(0.5)
 
 
 def marginal_kl(
