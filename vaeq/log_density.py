@@ -59,7 +59,7 @@ class MixtureLogDensity:
     def __init__(self, mean: torch.Tensor, logvar: torch.Tensor) -> None:
         self._mean = mean.detach()
         self._logvar = logvar.detach()
-        self._centre = sum_rows(mean) / len(mean)
+        self._centre = sum_rows(self._mean) / len(mean)
         single, double, extreme = self._conditioning()
         narrow = (single > _LIMIT[torch.float32]) | (mean.dtype == torch.float64)
         narrow |= extreme > _EXTREME
