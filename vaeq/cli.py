@@ -42,6 +42,10 @@ _SHELL_COMPLETION = ("-sc", "--shell-completion")
 def main() -> None:
     """Entry point of ``vaeq``; exits 0, 1 (a run failed), 2 (bad input), 130 or 143 (stopped)."""
     signal.signal(signal.SIGTERM, _terminate)
+    # Read once, when torch loads OpenMP. A thread that spins for a millisecond at every barrier is
+    # what makes a step ten times slower where another program has its core; one that sleeps at once
+    # doubles the time of a step where none has. Some ten microseconds cost neither much.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         _dispatch(sys.argv[1:])
     except InputError as error:
