@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vaeq.errors import one_line
+from vaeq.report.outcomes import SATURATED_ABOVE
 from vaeq.report.runs import Run
 from vaeq.report.table import AXES, Row, Table, setting_text
-from vaeq.report.verdict import SATURATED_ABOVE
 from vaeq.report.words import number
 
 if TYPE_CHECKING:

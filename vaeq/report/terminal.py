@@ -13,6 +13,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from vaeq.errors import one_line
+from vaeq.report.claims import FactorVerdict
+from vaeq.report.outcomes import SHORT, Outcome
 from vaeq.report.runs import Excluded, Kind
 from vaeq.report.table import (
     Table,
@@ -20,8 +22,8 @@ from vaeq.report.table import (
     setting_text,
     settings_text,
 )
-from vaeq.report.trend import TESTS
-from vaeq.report.verdict import SHORT, FactorVerdict, Outcome, Verdict
+from vaeq.report.trend import BLOCK_TESTS, FALSE_DISCOVERY, TESTS
+from vaeq.report.verdict import Verdict
 from vaeq.report.words import ASCII
 
 _STYLES = {
@@ -246,7 +248,10 @@ def print_verdict(printer: Printer, verdict: Verdict) -> None:
         if claim.unanswered:
             printer.line()
             printer.line(claim.unanswered)
-    if tests := [f"{name}: {TESTS[name]}" for name in used if name in TESTS]:
+    tests = [f"{name}: {TESTS[name]}" for name in used if name in TESTS]
+    if any(name in BLOCK_TESTS for name in used):
+        tests.append(f"q: {FALSE_DISCOVERY}")
+    if tests:
         printer.line()
         printer.line("Tests. " + ". ".join(tests) + ".", "dim")
 
@@ -285,6 +290,13 @@ def _outcome_columns(outcomes: Sequence[Outcome]) -> list[Column]:
         Column(("first → last", "[nats]"), tuple(outcome.effect_text() for outcome in outcomes)),
         Column(("test",), tuple(outcome.test_text() for outcome in outcomes), "left"),
     ]
+    if any(outcome.q_value is not None for outcome in outcomes):
+        columns.append(
+            Column(("q",), tuple(o.q_text().removeprefix("q") for o in outcomes), "left")
+        )
+    if per := next((o.effect.per for o in outcomes if o.effect), ""):
+        changes = (o.effect.change_text() if o.effect else "" for o in outcomes)
+        columns.append(Column((f"change per {per}", "[nats, 95% CI over seeds]"), tuple(changes)))
     if len(set(blocks)) > 1:
         columns.append(Column(("blocks",), tuple(blocks)))
     return columns
