@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from vaeq.errors import one_line
+from vaeq.report.baseline import Comparison
 from vaeq.report.claims import FactorVerdict
 from vaeq.report.runs import Excluded
 from vaeq.report.table import (
@@ -36,6 +37,18 @@ def table_markdown(table: Table, excluded: Sequence[Excluded]) -> str:
     names = [f"{one_line(run.name)} ({run.kind}): {run.reason}" for run in excluded]
     lines += _bullets("Runs that are not in the table", names)
     return "\n".join(lines) + "\n"
+
+
+def differences_markdown(table: Table, comparison: Comparison) -> str:
+    """Every configuration's difference from the baseline."""
+    header = [*table.varying, *(table.heading(metric) for metric in comparison.metrics)]
+    rows = [
+        [setting_text(row.settings.get(name)) for name in table.varying]
+        + [cell.text() for cell in cells]
+        for row, cells in comparison.rows
+    ]
+    lines = ["# Differences from the baseline", "", *_grid(header, rows, numbers=True)]
+    return "\n".join([*lines, "", _literal(comparison.legend()), ""])
 
 
 def verdict_markdown(verdict: Verdict) -> str:
