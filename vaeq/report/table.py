@@ -66,11 +66,17 @@ def aggregate(estimates: Iterable[Estimate]) -> Aggregate:
     n, mean = len(values), fmean(values)
     return Aggregate(
         mean=mean,
-        # Two passes; statistics.stdev is exact in fractions and forty times slower.
-        sd=math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1)) if n > 1 else None,
+        sd=_sd(values, mean) if n > 1 else None,
         n=n,
         mc_error=math.sqrt(math.fsum(e * e for e in known)) / n if len(known) == n else None,
     )
+
+
+def _sd(values: Sequence[float], mean: float) -> float:
+    """In two passes: statistics.stdev is exact in fractions and forty times slower."""
+    if min(values) == max(values):
+        return 0.0  # and not the rounding error of the mean
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1))
 
 
 @dataclass(frozen=True)

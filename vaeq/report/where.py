@@ -14,7 +14,7 @@ import ast
 import difflib
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vaeq.errors import InputError, one_line
@@ -40,9 +40,8 @@ def filter_runs(runs: Sequence[Run], text: str) -> list[Run]:
     """
     tree = _parse(text)
     known = {name: None for run in runs for name in row_of(run)}
-    for node in ast.walk(tree):
-        name = _name(node)
-        if name is not None and name not in known and name not in _CONSTANTS:
+    for name in _names(tree):
+        if name not in known and name not in _CONSTANTS:
             raise InputError(_unknown(name, list(known)))
     kept = [run for run in runs if _holds(tree, row_of(run))]
     if runs and not kept:
@@ -130,6 +129,16 @@ def _name(node: ast.AST) -> str | None:
             head = _name(value)
             return None if head is None else f"{head}.{attr}"
     return None
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """Every column that is named; of ``data.name`` the whole and not its parts."""
+    name = _name(node)
+    if name is not None:
+        yield name
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _names(child)
 
 
 def _holds(node: ast.expr, row: Mapping[str, Scalar]) -> bool:

@@ -127,10 +127,10 @@ def marginals(table: Table) -> Drawing:
         "marginals",
         "The codes one dimension at a time, against N(0, 1)",
         f"samples of q(z|x), {runs_words([run for run, _, _ in found])}",
-        "The worst and the best dimension by KL for each latent_dim; black, the normal density.",
+        "The worst and the best dimension by KL for each latent_dim; the bare line is N(0, 1).",
         "Good margins do not make a good joint distribution. In many dimensions almost every "
         "projection of anything looks Gaussian.",
-        tuple(tuple(panels[i : i + 2]) for i in range(0, len(panels), 2)),
+        (tuple(panels),),
     )
 
 
@@ -154,7 +154,7 @@ def qq(table: Table) -> Drawing:
         "One line a dimension, the worst by KL in bold; on the diagonal it is N(0, 1). Steeper is "
         "too wide, flatter too narrow, bent away at an end is a heavy or a light tail.",
         "The last quantiles rest on few samples and wander; dependence does not show at all.",
-        tuple(tuple(panels[i : i + 2]) for i in range(0, len(panels), 2)),
+        (tuple(panels),),
     )
 
 

@@ -147,11 +147,14 @@ def _last(name: str, found: Sequence[tuple[Run, Data]]) -> str:
 
 
 def _history(axes: Axes, found: Sequence[tuple[Run, Data]], names: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for (run, data), colour in zip(found, sequence(len(found)), strict=True):
         for name, style in zip(names, ("-", ":"), strict=False):
             if name in data:
                 label = f"latent_dim={run.settings['latent_dim']}" if style == "-" else None
                 axes.plot(data["epoch"], data[name], style, color=colour, lw=1.6, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set(xlabel="epoch", ylabel="nats")
     axes.grid(axis="y")
     if names != ("test_elbo",):
@@ -220,7 +223,7 @@ def quilt(table: Table) -> Drawing:
             f"latent_dim={run.settings['latent_dim']}",
             f"KL by class in nats: {', '.join(_class_words(data))}.",
             partial(_quilt, run=run, data=data),
-            top=legend_room(3, 3),
+            top=legend_room(3),
             width=3.7,
             height=2.8,
         )
@@ -233,7 +236,7 @@ def quilt(table: Table) -> Drawing:
         "Points: KL(q(z|y)‖p) of each class. Dashed above: kl_per_image, of single images. Solid "
         "below: marginal_kl, of all images together. The classes are the patches of the quilt.",
         "With few images a class saturates as a run does: it is then its kl_per_image less log n.",
-        tuple(panels[i : i + 2] for i in range(0, len(panels), 2)),
+        (panels,),
     )
 
 
@@ -265,10 +268,10 @@ def _class_words(data: Data) -> list[str]:
 
 
 def _quilt(axes: Axes, run: Run, data: Data) -> None:
-    axes.errorbar(
-        data["label"], data["marginal_kl"], yerr=[2 * e for e in data["std_error"]], fmt="o",
-        color=CODES, ms=5, capsize=2, label="one class",
-    )  # fmt: skip
+    kl = data["marginal_kl"]
+    axes.plot(data["label"], kl, "o", color=CODES, ms=5, label="one class")
+    ends = [(v - 2 * e, v + 2 * e) for v, e in zip(kl, data["std_error"], strict=True)]
+    axes.vlines(data["label"], *zip(*ends, strict=True), color=CODES, lw=1.3)
     for metric, style in (("kl_per_image", "--"), ("marginal_kl", "-")):
         value = run.value(metric)
         if value is not None:
@@ -279,7 +282,7 @@ def _quilt(axes: Axes, run: Run, data: Data) -> None:
         axes.set_xticks(data["label"], [f"{label:.0f}" for label in data["label"]])
     axes.set(xlabel="class", ylabel="nats")
     axes.grid(axis="y")
-    legend_above(axes, columns=3)
+    legend_above(axes)
 
 
 def uniform(table: Table) -> Drawing:
@@ -305,7 +308,7 @@ def uniform(table: Table) -> Drawing:
         "high at both ends: too wide; tilted: shifted. Bold: the dimension furthest from flat.",
         "Flat histograms of all dimensions do not make the codes N(0, I): dependence between "
         "dimensions does not show here.",
-        tuple(panels[i : i + 2] for i in range(0, len(panels), 2)),
+        (panels,),
     )  # fmt: skip
 
 

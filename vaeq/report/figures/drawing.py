@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ Picture = npt.NDArray[np.uint8]
 
 # Inches. Titles of a file stand above its panels; a panel's own stands in its margin.
 _HEAD, _PANEL_HEAD, _RIGHT, _BOTTOM = 0.72, 0.3, 0.14, 0.5
-_RASTER_DPI = 150
+_RASTER_DPI = 130
 
 
 class FigureError(Exception):
@@ -106,8 +106,9 @@ def files(drawing: Drawing) -> dict[str, bytes]:
         for row, row_height in zip(drawing.rows, heights, strict=True):
             left = 0.0
             for panel in row:
-                axes = _place(figure, panel, left, top + _PANEL_HEAD, width, height)
-                axes.set_title(panel.title, loc="left", size=10)
+                _place(figure, panel, left, top + _PANEL_HEAD, width, height)
+                figure.text((left + 0.14) / width, 1 - (top + 0.14) / height, panel.title,
+                            size=10, va="top")  # fmt: skip
                 left += panel.width
             top += row_height
         return {
@@ -135,7 +136,6 @@ def style(salt: str) -> AbstractContextManager[None]:
             "axes.labelcolor": INK,
             "axes.unicode_minus": True,
             "axes.axisbelow": True,
-            "axes.grid": False,
             "grid.color": GRID,
             "grid.linewidth": 0.8,
             "figure.facecolor": PAPER,
@@ -180,7 +180,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _place(
     figure: Figure, panel: Panel, left: float, top: float, width: float, height: float
-) -> Axes:
+) -> None:
     """Draw a panel whose upper left corner is so many inches from that of the figure."""
     bare = panel.picture is not None
     margin, below = (0.14, 0.1) if bare else (panel.left, _BOTTOM)
@@ -198,12 +198,25 @@ def _place(
         axes.set_anchor("NW")
     elif panel.draw is not None:
         panel.draw(axes)
-    return axes
+        _few_ticks(axes)
+    # Without it matplotlib measures every label to find a place for a title that is not there.
+    axes.set_title("", y=1.0)
 
 
-def _save(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
+def _few_ticks(axes: Axes) -> None:
+    """Every label is laid out three times over, and four or five on an axis are enough to read."""
+    from matplotlib.ticker import AutoLocator, MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        if isinstance(axis.get_major_locator(), AutoLocator):
+            axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _save(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format=kind, metadata=metadata)
+    # A tenth larger than at the default level, and twice as fast.
+    quick: dict[str, Any] = {"pil_kwargs": {"compress_level": 3}} if kind == "png" else {}
+    figure.savefig(stream, format=kind, metadata=metadata, **quick)
     return stream.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -57,6 +58,8 @@ def _forked(drawings: Sequence[Drawing], workers: int) -> list[Parts]:
     import matplotlib.figure  # noqa: F401  (imported once, before the fork)
 
     _inherited[:] = drawings
+    # A thousand records are millions of objects: neither collected again nor copied by a fork.
+    gc.freeze()
     try:
         with warnings.catch_warnings():
             # Python 3.12 warns of a fork beside threads; those of OpenBLAS mind their own forks.
@@ -65,6 +68,7 @@ def _forked(drawings: Sequence[Drawing], workers: int) -> list[Parts]:
             with ProcessPoolExecutor(workers, context) as pool:
                 return list(pool.map(_inherited_parts, range(len(drawings))))
     finally:
+        gc.unfreeze()
         _inherited.clear()
 
 

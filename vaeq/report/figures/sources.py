@@ -17,7 +17,7 @@ from vaeq.report.table import Table
 
 Array = npt.NDArray[np.float32]
 
-MOST_RUNS = 4
+MOST_RUNS = 3
 
 
 @dataclass(frozen=True)
