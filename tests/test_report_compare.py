@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import shutil
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import Run as Program
-from tests.report_fixtures import default_sweep, full_sweep, write_run
+from tests.report_fixtures import default_sweep, estimate, full_sweep, write_json, write_run
 from vaeq.errors import InputError
 from vaeq.report import expand, write_report
 from vaeq.report.baseline import compare, difference
+from vaeq.report.costs import costs_of
 from vaeq.report.runs import Run, read_runs
 from vaeq.report.table import Aggregate, build_table
 from vaeq.report.where import filter_runs
@@ -192,3 +194,22 @@ def test_the_examples_of_the_help_work_in_a_shell(vaeq: Program, tmp_path: Path)
         bad = vaeq("report", wrong)
         assert bad.returncode == 2
         assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        (4.0, "= −3.65 nats: inference alone could account for the mismatch, so nothing follows"),
+        (0.1, "0.350 − 0.100 = 0.250 nats: the generator misses the data by at least that much"),
+        (None, "No bound: inference_gap was not measured."),
+    ],
+)
+def test_the_bound_on_the_generator(tmp_path: Path, gap: float | None, words: str) -> None:
+    directory = write_run(tmp_path, 2, numbers={"bracket": (0.35, 0.4)}, full=True)
+    record = json.loads((directory / "record.json").read_text())
+    record["estimates"]["inference_gap"] = estimate(gap, None, "nats", "" if gap else "why")
+    write_json(directory / "record.json", record)
+    costs = costs_of(build_table(read_runs([tmp_path])[0]))
+    assert costs is not None
+    assert words in costs.costs[0].bound
+    assert next(source for source, _ in costs.costs[0].sources) == "training images (floor)"

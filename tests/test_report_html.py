@@ -1,4 +1,4 @@
-"""The page: self-contained, escaped, accessible, and opened in a real browser where there is one."""
+"""The page: self-contained, escaped, accessible, and opened in a browser where there is one."""
 
 from __future__ import annotations
 

@@ -315,3 +315,32 @@ def test_active_dimensions_that_say_otherwise_are_in_the_bottom_line(tmp_path: P
 )
 def test_common_levels(levels: list[tuple[int, ...]], expected: tuple[int, ...]) -> None:
     assert common_levels(levels) == expected
+
+
+def test_a_single_small_p_value_among_many_metrics_is_taken_back(tmp_path: Path) -> None:
+    """Three falling seeds: p = 2/6³ = 0.0093; with seven metrics that do not move, q = 0.074."""
+    balanced = ((1, 2, 3), (3, 1, 2), (2, 3, 1))
+    for seed, order in enumerate(balanced):
+        for value, latent_dim in zip(order, (2, 3, 4), strict=True):
+            directory = write_run(tmp_path, latent_dim, seed)
+            record = json.loads((directory / "record.json").read_text())
+            for name, entry in record["estimates"].items():
+                if name != "mutual_information_fraction":
+                    entry["value"] = 1 / latent_dim if name == "moment_kl" else value
+            write_json(directory / "record.json", record)
+    factor = dimensions_of(tmp_path)
+    outcome = factor.outcome("moment_kl")
+    assert outcome.trend is not None
+    assert outcome.trend.direction == "closer"
+    assert outcome.trend.p_value == pytest.approx(2 / 6**3)
+    assert outcome.q_value == pytest.approx(8 * 2 / 6**3)
+    assert outcome.answer == "no clear change"
+    assert "moment_kl: p <= 0.05 but q > 0.05" in notes_of(factor)
+
+
+def test_projections_are_named_as_a_confound_with_their_null(tmp_path: Path) -> None:
+    for latent_dim in (2, 32):
+        write_run(tmp_path, latent_dim, full=True)
+    notes = notes_of(dimensions_of(tmp_path))
+    assert "sliced_w2 goes from 0.320 at latent_dim=2 to 0.133 at 32" in notes
+    assert "from 0.100 to 0.0531" in notes

@@ -80,10 +80,10 @@ def patches(table: Table) -> Drawing:
     classes = [int(k) for k in np.unique(samples.label)[:PATCHES]]
     return Drawing(
         "patches",
-        "The patches of the quilt: each class alone over N(0, I)",
+        "The patches of the quilt: each class over N(0, I)",
         f"samples of q(z|x), {run_words(run)}",
-        "One small plane a class, with the circles of 1, 2 and 3 standard deviations of N(0, I). "
-        "No patch looks like N(0, I); together they nearly fill it.",
+        "One small plane a class, with the circles of 1, 2 and 3 standard deviations of N(0, I). A "
+        "good fit is a quilt: no patch looks like N(0, I), and together they fill it evenly.",
         "How well the patches tile the plane is seen in two dimensions only; with more, the same "
         "picture of two coordinates would look far better than the joint fit is.",
         (
@@ -92,7 +92,7 @@ def patches(table: Table) -> Drawing:
                     "Class by class",
                     f"Codes of classes {', '.join(map(str, classes))}, each over the contours of "
                     "N(0, I).",
-                    lambda axes: _patches(axes, samples, classes),
+                    lambda axes: _patches(axes, samples, classes, _reach(samples)),
                     width=7.2,
                     height=3.3,
                     left=0.1,
@@ -128,8 +128,8 @@ def marginals(table: Table) -> Drawing:
         "The codes one dimension at a time, against N(0, 1)",
         f"samples of q(z|x), {runs_words([run for run, _, _ in found])}",
         "The worst and the best dimension by KL for each latent_dim; the bare line is N(0, 1).",
-        "Good margins do not make a good joint distribution. In many dimensions almost every "
-        "projection of anything looks Gaussian.",
+        "Values beyond ±4 are not shown. Good margins do not make a good joint distribution: in "
+        "many dimensions almost every projection of anything looks Gaussian.",
         (tuple(panels),),
     )
 
@@ -222,28 +222,30 @@ def _plane(axes: Axes, samples: Samples, reach: float) -> None:
         _label_classes(axes, samples, reach)
 
 
-def _rings(axes: Axes, centre: tuple[float, float], fill: bool = True) -> None:
+def _rings(axes: Axes, centre: tuple[float, float]) -> None:
     from matplotlib.patches import Circle
 
     for radius, shade in zip((3, 2, 1), reversed(RINGS), strict=True):
-        axes.add_patch(Circle(centre, radius, facecolor=shade if fill else "none", edgecolor=INK,
+        axes.add_patch(Circle(centre, radius, facecolor=shade, edgecolor=INK,
                               lw=0.9, zorder=1))  # fmt: skip
 
 
-def _patches(axes: Axes, samples: Samples, classes: Sequence[int]) -> None:
+def _patches(axes: Axes, samples: Samples, classes: Sequence[int], reach: float) -> None:
     assert samples.label is not None
     colours = _class_colours(samples.label)
-    columns = 5
+    columns, step = 5, 2.2 * reach
     for i, k in enumerate(classes):
-        centre = 7.2 * (i % columns), -7.6 * (i // columns)
+        centre = step * (i % columns), -step * (i // columns)
         _rings(axes, centre)
         z = samples.z[samples.label == k][: LARGEST_SCATTER // PATCHES]
-        z = z[(np.abs(z) < 3.8).all(axis=1)]
+        z = z[(np.abs(z) < 1.05 * reach).all(axis=1)]
         axes.scatter(z[:, 0] + centre[0], z[:, 1] + centre[1], s=2.4, color=colours[k], alpha=0.6,
                      linewidths=0, zorder=2, rasterized=True)  # fmt: skip
-        axes.text(centre[0] - 3.3, centre[1] + 2.5, str(k), size=12, weight="bold", zorder=3)
+        axes.text(centre[0] - reach, centre[1] + 0.75 * reach, str(k), size=12, weight="bold",
+                  zorder=3)  # fmt: skip
     rows = math.ceil(len(classes) / columns)
-    axes.set(xlim=(-3.8, 7.2 * (columns - 1) + 3.8), ylim=(-7.6 * (rows - 1) - 3.6, 3.8),
+    edge = 1.1 * reach
+    axes.set(xlim=(-edge, step * (columns - 1) + edge), ylim=(-step * (rows - 1) - edge, edge),
              aspect="equal")  # fmt: skip
     axes.set_axis_off()
 

@@ -231,7 +231,7 @@ def quilt(table: Table) -> Drawing:
     )
     return Drawing(
         "quilt",
-        "The quilt: each class far from N(0, I), the whole closer",
+        "The quilt: KL of each class, between single images and the whole",
         runs_words([run for run, _ in found]),
         "Points: KL(q(z|y)‖p) of each class. Dashed above: kl_per_image, of single images. Solid "
         "below: marginal_kl, of all images together. The classes are the patches of the quilt.",
