@@ -181,7 +181,7 @@ def test_the_examples_of_the_help_work_in_a_shell(vaeq: Program, tmp_path: Path)
             write_run(tmp_path / "outputs" / name, 8, seed, activation=name, encoder_depth=1)
     done = vaeq(
         "report", "runs=outputs/*", "where=latent_dim>=8 and seed<3 and activation!='x'",
-        "baseline=activation=one", "metrics=[kl_per_image,elbo]",
+        "baseline=activation=one", "metrics=kl_per_image,elbo",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "report" / "report.html").exists()

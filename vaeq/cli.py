@@ -34,7 +34,7 @@ EXAMPLES = {
     "report": (
         "vaeq report",
         "vaeq report runs='outputs/*' output=/tmp/all",
-        "vaeq report runs=[outputs/finding,outputs/width] metrics=[kl_per_image,marginal_kl]",
+        "vaeq report runs='[outputs/finding,outputs/width]' metrics=kl_per_image,marginal_kl",
         "vaeq report where='latent_dim>=8 and seed<3' baseline=latent_dim=8,encoder_depth=1",
     ),
 }
@@ -136,9 +136,11 @@ def _free_text(argument: str) -> str:
     In a shell one pair of quotes is then enough: where='latent_dim>=8 and seed<3'.
     """
     name, equals, value = argument.partition("=")
-    if not equals or name not in ("where", "baseline", "runs") or value[:1] in ("'", '"', "[", ""):
+    if name == "metrics" and "," in value and value[0] != "[":
+        return f"metrics=[{value}]"
+    if not equals or name not in ("where", "baseline", "runs") or value in ("", "null"):
         return argument
-    if value == "null":
+    if value[0] in "'\"" or (name == "runs" and value[0] == "["):
         return argument
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'{name}="{escaped}"'
@@ -305,7 +307,7 @@ def _print_help(command: str) -> None:
     console = Console()
     console.print(f"vaeq {command}: {COMMANDS[command]}\n", highlight=False)
     for example in EXAMPLES[command]:
-        console.print(f"  {example}", highlight=False, markup=False)
+        console.print(f"  {example}", highlight=False, markup=False, soft_wrap=True)
     # Two columns: the override to type, and what it means.
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True)

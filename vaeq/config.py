@@ -287,7 +287,7 @@ class ReportConfig:
     metrics: Any = key(  # noqa: RUF009
         None,
         "columns of the tables; null: those that tell most",
-        pattern_words="a metric or a list such as [kl_per_image,marginal_kl]",
+        pattern_words="metrics such as kl_per_image,marginal_kl",
     )
     baseline: str | None = key(
         None,

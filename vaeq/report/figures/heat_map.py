@@ -101,12 +101,14 @@ def _grid(
     up: str,
 ) -> None:
     from matplotlib import colormaps
+    from matplotlib.collections import PatchCollection
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.patches import Rectangle
 
     values = list(cells.values())
     low, high = min(values), max(values)
     norm = LogNorm(low, high) if 0 < low < high else Normalize(low, high if high > low else low + 1)
+    rectangles, shades = [], []
     for i, x in enumerate(columns):
         for j, y in enumerate(rows):
             value = cells.get((x, y))
@@ -114,11 +116,13 @@ def _grid(
                 axes.text(i, j, "n/a", ha="center", va="center", size=8.5)
                 continue
             shade = float(norm(value))
-            colour = colormaps["YlGnBu"](0.08 + 0.84 * shade)
-            axes.add_patch(Rectangle((i - 0.48, j - 0.46), 0.96, 0.92, facecolor=colour, lw=0))
+            rectangles.append(Rectangle((i - 0.48, j - 0.46), 0.96, 0.92))
+            shades.append(0.08 + 0.84 * shade)
             # Not the ink of the page: it stands on the cell, whatever the theme.
             text = "#fdfdfd" if shade > 0.55 else "#111111"
             axes.text(i, j, number(value, 2), ha="center", va="center", size=8.5, color=text)
+    colours = colormaps["YlGnBu"](shades)
+    axes.add_collection(PatchCollection(rectangles, facecolors=colours, edgecolors="none"))
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(-0.5, len(rows) - 0.5)
     axes.set_xticks(range(len(columns)), [setting_text(x) for x in columns])

@@ -73,6 +73,7 @@ def _forked(drawings: Sequence[Drawing], workers: int) -> list[Parts]:
 
 
 def _inherited_parts(index: int) -> Parts:
+    gc.disable()  # a worker lives for a second, and figures are all cycles
     return _parts(_inherited[index])
 
 
