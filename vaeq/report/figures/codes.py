@@ -43,7 +43,7 @@ def latent_plane(table: Table) -> Drawing:
         "Where the training images' codes lie, and where N(0, I) expects them",
         f"samples of q(z|x), {run_words(run)}",
         "One point an image, coloured and named by class, over the circles of 1, 2 and 3 standard "
-        "deviations of N(0, I), which hold 39%, 86% and 99% of its mass. Right: each coordinate "
+        "deviations of N(0, I), which hold 39%, 86% and 99% of its mass. Beside it each coordinate "
         "against its normal density.",
         "Colours overlap by design, in random order. Gaps between classes are holes: places that "
         "the prior samples and the decoder has hardly seen.",

@@ -114,8 +114,8 @@ def training(table: Table) -> Drawing:
         "training",
         "Training: ELBO and divergence by epoch",
         runs_words([run for run, _ in found]),
-        "Left, whether training had converged. "
-        + ("Right, test_marginal_kl (solid) and test_moment_kl (dotted) as they evolve."
+        "First, whether training had converged. "
+        + ("Then test_marginal_kl (solid) and test_moment_kl (dotted) as they evolve."
            if names else "")
         + absent,
         "Runs that still improve at their last epoch differ in how long they were trained as well "

@@ -42,18 +42,18 @@ def divergence(table: Table, factor: str) -> Drawing:
         f"divergence_by_{factor}",
         f"Distance from N(0, I) as {factor} grows",
         f"error bars: {error_words(table)}",
-        "Left, the mean over dimensions of KL from N(0, 1), dotted over the active dimensions "
-        "alone: 0 is a perfect match. Right, KL of all dimensions together: marginal_kl, over the "
+        "First, the mean over dimensions of KL from N(0, 1), dotted over the active dimensions "
+        "alone: 0 is a perfect match. Then KL of all dimensions together: marginal_kl, over the "
         "dashed floor kl_per_image − log N."
         + (" Pale bars: the population's certified bracket." if _bracketed(table, lines) else "")
         + more_words(lines, n),
-        "A low left panel says nothing of the right one: single dimensions may match while all of "
+        "A low first panel says nothing of the second: single dimensions may match while all of "
         "them together do not. "
         + (
             "Hollow points are saturated: there marginal_kl follows its floor and would fall by "
             "log 2 with twice the images; read the bracket instead."
             if saturated
-            else "Collapsed dimensions flatter the solid line on the left."
+            else "Collapsed dimensions flatter the solid line of the first panel."
         ),
         (
             (
