@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tests.report_fixtures import (
     config_of,
     default_sweep,
+    full_sweep,
     write_json,
     write_run,
     write_samples,
@@ -23,9 +24,16 @@ from tests.report_fixtures import (
 )
 from vaeq.errors import InputError
 from vaeq.report import Report, write_report
-from vaeq.report.figures import FIGURES
+from vaeq.report.figures import DRAWINGS
+from vaeq.report.figures.codes import latent_plane
+from vaeq.report.figures.drawing import FigureError, svg
+from vaeq.report.runs import read_runs
+from vaeq.report.table import Table, build_table
+from vaeq.report.terminal import print_report
+from vaeq.report.verdict import judge
 
-PLANE, MARGINALS, DIVERGENCE = FIGURES
+PLANE, MARGINALS, DIVERGENCE = "latent_plane", "marginals", "divergence_by_latent_dim"
+TEXTS = ["report.html", "table.csv", "table.md", "table.tex", "verdict.md"]
 
 
 def report(folder: Path, width: int = 100, output: Path | None = None) -> tuple[str, Report]:
@@ -35,16 +43,29 @@ def report(folder: Path, width: int = 100, output: Path | None = None) -> tuple[
     return stream.getvalue(), result
 
 
+def printed(folder: Path, console: Console) -> Table:
+    """The report on a terminal alone; what it writes is tested once, not at every width."""
+    complete, excluded = read_runs([folder])
+    table = build_table(complete)
+    print_report(console, table, judge(complete), excluded)
+    return table
+
+
+def text_at(folder: Path, width: int = 100) -> tuple[str, Table]:
+    stream = io.StringIO()
+    table = printed(folder, Console(file=stream, width=width))
+    return stream.getvalue(), table
+
+
 @pytest.mark.parametrize("width", [40, 80, 100, 160, 300])
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_every_number_is_readable_at_every_width(tmp_path: Path, width: int, seeds: int) -> None:
     for seed in range(seeds):
         for latent_dim in (2, 8, 32):
             write_run(tmp_path, latent_dim, seed)
-    text, result = report(tmp_path, width)
+    text, table = text_at(tmp_path, width)
     assert max(map(len, text.splitlines())) <= max(width, 60)
     assert "…" not in text
-    table = result.table
     for row in table.rows:
         for metric in table.telling():
             mean, _, mc_error = table.parts(row, metric)
@@ -60,7 +81,7 @@ def test_every_number_is_readable_at_every_width(tmp_path: Path, width: int, see
 
 def test_layouts_wide_turned_and_folded(tmp_path: Path) -> None:
     default_sweep(tmp_path)
-    wide, turned, folded = (report(tmp_path, width)[0] for width in (400, 110, 80))
+    wide, turned, folded = (text_at(tmp_path, width)[0] for width in (400, 110, 80))
     assert "dimension_kl_mean_active [nats/dimension]" in turned
     assert turned.count("latent_dim  ") < folded.count("latent_dim  ")
     first = wide.splitlines().index(next(line for line in wide.splitlines() if "─" in line))
@@ -68,14 +89,14 @@ def test_layouts_wide_turned_and_folded(tmp_path: Path) -> None:
 
 
 def test_no_escape_codes_when_not_a_terminal(tmp_path: Path) -> None:
-    text, _ = report(default_sweep(tmp_path))
+    text, _ = text_at(default_sweep(tmp_path))
     assert "\x1b" not in text
 
 
 def test_colours_on_a_terminal(tmp_path: Path) -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=100, force_terminal=True, color_system="standard")
-    write_report([default_sweep(tmp_path)], tmp_path / "out", console)
+    printed(default_sweep(tmp_path), console)
     assert "\x1b[32mcloser" in stream.getvalue()
 
 
@@ -86,7 +107,7 @@ def test_names_from_files_are_printed_literally(tmp_path: Path) -> None:
         write_status(tmp_path / name, "running", 1)
     write_run(tmp_path, 2, activation="[bold]$x^2$")
     write_run(tmp_path, 8, activation="[bold]$x^2$")
-    text, _ = report(tmp_path, 160)
+    text, _ = text_at(tmp_path, 160)
     assert "[red]markup[bold] (unfinished)" in text
     assert ":smile: (unfinished)" in text
     assert "a\\x1b[31mb (unfinished)" in text
@@ -98,7 +119,7 @@ def test_a_terminal_without_utf_8(tmp_path: Path) -> None:
     stream = io.TextIOWrapper(raw, encoding="ascii")
     default_sweep(tmp_path)
     write_run(tmp_path, 2, seed=1)
-    write_report([tmp_path], tmp_path / "out", Console(file=stream, width=80))
+    printed(tmp_path, Console(file=stream, width=80))
     stream.flush()
     assert b"+/-" in raw.getvalue()
     assert b"->" in raw.getvalue()
@@ -137,32 +158,32 @@ def test_one_run_alone_is_a_report_too(tmp_path: Path) -> None:
     write_run(tmp_path, 2, samples=200)
     text, result = report(tmp_path)
     assert "did not vary in these runs" in text
-    assert [path.name for path in result.files] == ["table.csv", "table.md", "verdict.md", PLANE]
-    assert set(result.left_out) == {MARGINALS, DIVERGENCE}
+    names = [path.name for path in result.files]
+    assert names[: len(TEXTS)] == TEXTS
+    assert {f"{PLANE}.png", f"{PLANE}.pdf", f"{MARGINALS}.png"} <= set(names)
+    assert DIVERGENCE in result.left_out
 
 
 def test_files_are_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
-    default_sweep(tmp_path / "runs", samples=500)
+    full_sweep(tmp_path / "runs", (2, 8), (1, 2), (0, 1), samples=300)
     output = tmp_path / "a" / "b"
-    for _ in range(2):
-        _, result = report(tmp_path / "runs", output=output)
-        expected = ["table.csv", "table.md", "verdict.md", PLANE, MARGINALS, DIVERGENCE]
-        assert [path.name for path in result.files] == expected
-        assert sorted(path.name for path in output.iterdir()) == sorted(expected)
-    for name in FIGURES:
-        with Image.open(output / name) as image:
+    _, result = report(tmp_path / "runs", output=output)
+    drawn = DRAWINGS.keys() - result.left_out.keys()
+    assert DRAWINGS.keys() - drawn == {"divergence_by_encoder_width"}
+    expected = [*TEXTS, *(f"{name}.{kind}" for name in drawn for kind in ("png", "pdf"))]
+    assert sorted(path.name for path in result.files) == sorted(expected)
+    assert sorted(path.name for path in output.iterdir()) == sorted(expected)
+    # A second report of the same runs is the same, to the byte.
+    report(tmp_path / "runs", output=tmp_path / "again")
+    for name in expected:
+        assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes(), name
+    for name in drawn:
+        assert (output / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        with Image.open(output / f"{name}.png") as image:
             image.load()
             assert min(image.size) > 400
             # Something is drawn: a blank page has one colour.
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
-
-
-def test_figures_do_not_depend_on_the_run_of_the_report(tmp_path: Path) -> None:
-    default_sweep(tmp_path / "runs", samples=500)
-    report(tmp_path / "runs", output=tmp_path / "one")
-    report(tmp_path / "runs", output=tmp_path / "two")
-    for name in FIGURES:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_a_stale_figure_does_not_stand_beside_a_new_table(tmp_path: Path) -> None:
@@ -171,9 +192,9 @@ def test_a_stale_figure_does_not_stand_beside_a_new_table(tmp_path: Path) -> Non
     for path in (tmp_path / "runs").glob("*/samples.safetensors"):
         path.unlink()
     text, result = report(tmp_path / "runs", output=tmp_path / "out")
-    assert not (tmp_path / "out" / PLANE).exists()
+    assert not (tmp_path / "out" / f"{PLANE}.png").exists()
     assert f"No {PLANE}: there is no samples.safetensors" in " ".join(text.split())
-    assert (tmp_path / "out" / DIVERGENCE) in result.files
+    assert (tmp_path / "out" / f"{DIVERGENCE}.png") in result.files
 
 
 @pytest.mark.parametrize(
@@ -194,15 +215,15 @@ def test_unusable_samples_cost_the_figure_alone(
         path.write_bytes(b"\xff" * 20)
     else:
         save_file(arrays, path)
-    _, result = report(tmp_path)
-    assert reason in result.left_out[PLANE]
+    with pytest.raises(FigureError, match=reason):
+        latent_plane(build_table(read_runs([tmp_path])[0]))
 
 
 def test_the_plane_is_drawn_from_the_first_seed_that_has_samples(tmp_path: Path) -> None:
     write_run(tmp_path, 2, seed=0)
     write_samples(write_run(tmp_path, 2, seed=1), 2, 200)
-    _, result = report(tmp_path)
-    assert PLANE in [path.name for path in result.files]
+    drawing = latent_plane(build_table(read_runs([tmp_path])[0]))
+    assert drawing.source.endswith("seed 1")
 
 
 @pytest.mark.parametrize("classes", [1, 10, 47])
@@ -211,8 +232,8 @@ def test_the_plane_takes_any_number_of_classes_and_no_labels(tmp_path: Path, cla
     label = (np.arange(300) % classes).astype(np.uint8)
     path = write_run(tmp_path, 2) / "samples.safetensors"
     save_file({"z": z, "label": label} if classes > 1 else {"z": z}, path)
-    _, result = report(tmp_path)
-    assert PLANE in [path.name for path in result.files]
+    drawing = latent_plane(build_table(read_runs([tmp_path])[0]))
+    assert "<svg" in svg(drawing.rows[0][0], "plane")
 
 
 def test_divergence_over_many_lines_and_over_width(tmp_path: Path) -> None:
@@ -222,7 +243,7 @@ def test_divergence_over_many_lines_and_over_width(tmp_path: Path) -> None:
         write_run(tmp_path / "wide", 8, encoder_width=width, data={"name": "$\\frac"})
     for folder in ("deep", "wide"):
         _, result = report(tmp_path / folder)
-        assert DIVERGENCE in [path.name for path in result.files]
+        assert "divergence_by_encoder_width" not in result.left_out
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
@@ -252,4 +273,4 @@ def test_a_report_imports_neither_torch_nor_hydra_nor_pyplot(tmp_path: Path) -> 
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / PLANE).exists()
+    assert (tmp_path / "out" / f"{PLANE}.png").exists()

@@ -24,7 +24,8 @@ from tests.report_fixtures import (
 )
 from vaeq.errors import InputError
 from vaeq.record import read_record
-from vaeq.report.runs import newest_experiment, read_runs
+from vaeq.report.folders import newest_experiment
+from vaeq.report.runs import read_runs
 
 
 def good_record() -> dict[str, Any]:

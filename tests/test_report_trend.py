@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from vaeq.report.effect import effect_of
+from vaeq.report.false_discovery import q_values
 from vaeq.report.trend import (
     PAGE,
     PAGE_NORMAL,
@@ -191,3 +193,50 @@ def test_without_standard_errors_a_single_block_is_not_judged() -> None:
     result = trend([[3.0, 2.0, 1.0]], [[0.1, None, 0.1]])
     assert (result.direction, result.test) == ("no clear change", UNTESTED)
     assert "standard error" in result.note
+
+
+def test_q_values_are_those_of_scipy_in_any_order() -> None:
+    from scipy.stats import false_discovery_control
+
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 8, 30):
+        p = rng.uniform(size=n) ** 3
+        assert q_values(list(p)) == pytest.approx(false_discovery_control(p).tolist())
+    assert q_values([]) == []
+
+
+def test_q_values_bound_false_discoveries() -> None:
+    """Of uniform p-values, sets with any q <= 0.05 are at most that share of all sets."""
+    rng = np.random.default_rng(1)
+    sets = 4_000
+    found = sum(min(q_values(list(rng.uniform(size=8)))) <= 0.05 for _ in range(sets))
+    assert found / sets < 0.05 + 4 * (0.05 * 0.95 / sets) ** 0.5
+
+
+def test_an_effect_is_the_slope_per_doubling_with_students_interval() -> None:
+    # Slopes 1, 2 and 3 per doubling: mean 2, sd 1, t(2; 0.975) = 4.3027.
+    table = [[5 + slope * x for x in (1, 3, 5)] for slope in (1, 2, 3)]
+    effect = effect_of("latent_dim", (2, 8, 32), table, (0, 1, 2))
+    assert effect is not None
+    assert (effect.per, effect.n_seeds) == ("doubling", 3)
+    assert effect.change == pytest.approx(2)
+    assert effect.high == pytest.approx(2 + 4.30265 / 3**0.5, abs=1e-4)
+    assert effect.low == pytest.approx(2 - 4.30265 / 3**0.5, abs=1e-4)
+
+
+def test_blocks_of_one_seed_are_no_replicates() -> None:
+    effect = effect_of("encoder_depth", (1, 2), [[1.0, 2.0], [1.0, 4.0]], (0, 0))
+    assert effect is not None
+    assert (effect.per, effect.change, effect.low, effect.n_seeds) == ("layer", 2.0, None, 1)
+    assert effect.change_text() == "+2.0"
+
+
+def test_a_ratio_is_geometric_and_needs_positive_numbers() -> None:
+    halved = effect_of("latent_dim", (2, 4, 8), [[0.8, 0.4, 0.2]], (0,))
+    assert halved is not None
+    assert halved.ratio == pytest.approx(0.5)
+    assert halved.ratio_text() == "× 0.50"
+    crossing = effect_of("latent_dim", (2, 4), [[0.1, -0.1]], (0,))
+    assert crossing is not None
+    assert crossing.ratio is None
+    assert effect_of("latent_dim", (2, "x"), [[1.0, 2.0]], (0,)) is None

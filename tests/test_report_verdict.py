@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from tests.report_fixtures import LOG_N, default_sweep, estimate, write_json, write_run
+from vaeq.report.claims import FactorVerdict
 from vaeq.report.markdown import verdict_markdown
+from vaeq.report.outcomes import common_levels
 from vaeq.report.runs import read_runs
 from vaeq.report.trend import PAGE, PAIRED_T, SIGNS, STEPS, smallest_rank_p
-from vaeq.report.verdict import FactorVerdict, Verdict, common_levels, judge
+from vaeq.report.verdict import Verdict, judge
 
 
 def verdict_of(folder: Path) -> Verdict:
@@ -82,10 +84,10 @@ def test_default_sweep_closer_by_dimension_not_jointly(tmp_path: Path) -> None:
 def test_default_sweep_bottom_line(tmp_path: Path) -> None:
     verdict = verdict_of(default_sweep(tmp_path))
     dimension, joint, encoder = verdict.bottom_line
-    assert dimension.startswith("With more latent dimensions (one seed) each single dimension")
-    assert "closer to N(0, 1)" in dimension
+    assert dimension.startswith("One dimension at a time, claim 1 is confirmed (one seed)")
     assert "0.104 nats at latent_dim=2 to 0.00412 at latent_dim=32" in dimension
-    assert joint.startswith("Jointly they do not come closer")
+    assert joint.startswith("Jointly claim 1 is refuted for the training images")
+    assert "for the population it is refuted, 2 as further of 3 pairs being certified" in joint
     assert "0.331 nats at latent_dim=2 to 8.05 at latent_dim=32" in joint
     assert "saturated from latent_dim=8 on" in joint
     assert "did not vary in these runs" in encoder
@@ -150,8 +152,8 @@ def test_seeds_that_contradict_one_another_show_no_clear_change(tmp_path: Path) 
     assert factor.outcome("dimension_kl_mean").answer == "no clear change"
     assert factor.outcome("marginal_kl").answer == "no clear change"
     bottom = verdict_of(tmp_path).bottom_line
-    assert "no clear change" in bottom[0]
-    assert "do not come clearly closer" in bottom[1]
+    assert "One dimension at a time, claim 1 is undecided" in bottom[0]
+    assert "Jointly claim 1 is undecided" in bottom[1]
 
 
 def test_two_levels_take_a_paired_test(tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_depth_is_judged_pooled_and_by_latent_dim(tmp_path: Path) -> None:
     }
     assert by_dim == {2: "closer", 8: "no clear change"}
     encoder = verdict.bottom_line[-1]
-    assert encoder.startswith("A deeper encoder (encoder_depth 1 → 3)")
+    assert encoder.startswith("Claim 2, a deeper encoder (encoder_depth 1 → 3), is undecided one")
     assert "closer at latent_dim 2, no clear change at 8" in encoder
     assert "vaeq sweep experiment=width" in verdict.claims[1].unanswered
     assert "encoder_depth" not in verdict.claims[1].unanswered
@@ -313,3 +315,32 @@ def test_active_dimensions_that_say_otherwise_are_in_the_bottom_line(tmp_path: P
 )
 def test_common_levels(levels: list[tuple[int, ...]], expected: tuple[int, ...]) -> None:
     assert common_levels(levels) == expected
+
+
+def test_a_single_small_p_value_among_many_metrics_is_taken_back(tmp_path: Path) -> None:
+    """Three falling seeds: p = 2/6³ = 0.0093; with seven metrics that do not move, q = 0.074."""
+    balanced = ((1, 2, 3), (3, 1, 2), (2, 3, 1))
+    for seed, order in enumerate(balanced):
+        for value, latent_dim in zip(order, (2, 3, 4), strict=True):
+            directory = write_run(tmp_path, latent_dim, seed)
+            record = json.loads((directory / "record.json").read_text())
+            for name, entry in record["estimates"].items():
+                if name != "mutual_information_fraction":
+                    entry["value"] = 1 / latent_dim if name == "moment_kl" else value
+            write_json(directory / "record.json", record)
+    factor = dimensions_of(tmp_path)
+    outcome = factor.outcome("moment_kl")
+    assert outcome.trend is not None
+    assert outcome.trend.direction == "closer"
+    assert outcome.trend.p_value == pytest.approx(2 / 6**3)
+    assert outcome.q_value == pytest.approx(8 * 2 / 6**3)
+    assert outcome.answer == "no clear change"
+    assert "moment_kl: p <= 0.05 but q > 0.05" in notes_of(factor)
+
+
+def test_projections_are_named_as_a_confound_with_their_null(tmp_path: Path) -> None:
+    for latent_dim in (2, 32):
+        write_run(tmp_path, latent_dim, full=True)
+    notes = notes_of(dimensions_of(tmp_path))
+    assert "sliced_w2 goes from 0.320 at latent_dim=2 to 0.133 at 32" in notes
+    assert "from 0.100 to 0.0531" in notes

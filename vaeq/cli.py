@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "fit one VAE and measure it",
     "sweep": "fit every combination of the values given; finished runs are skipped",
-    "report": "table, verdict and pictures of the runs in a folder",
+    "report": "verdict, tables, figures and report.html of the runs in some folders",
     "measure": "measure the codes of any VAE, trained anywhere",
 }
 EXAMPLES = {
@@ -32,7 +32,12 @@ EXAMPLES = {
         "vaeq sweep experiment=finding hydra/launcher=ensemble",
     ),
     "measure": ("vaeq measure codes=codes.npz output=codes.json",),
-    "report": ("vaeq report", "vaeq report runs=outputs/finding output=/tmp/finding"),
+    "report": (
+        "vaeq report",
+        "vaeq report runs='outputs/*' output=/tmp/all",
+        "vaeq report runs='[outputs/finding,outputs/width]' metrics=kl_per_image,marginal_kl",
+        "vaeq report where='latent_dim>=8 and seed<3' baseline=latent_dim=8,encoder_depth=1",
+    ),
 }
 BAD_INPUT = 2
 FAILED = 1
@@ -98,6 +103,8 @@ def _run_hydra(command: str, arguments: list[str]) -> None:
 
     from vaeq import compose
 
+    if command == "report":
+        arguments = [_free_text(argument) for argument in arguments]
     overrides = get_args_parser().parse_args(arguments).overrides
     if not any(word in _SHELL_COMPLETION for word in arguments):
         compose.check_overrides(command, overrides)
@@ -126,6 +133,22 @@ def _run_hydra(command: str, arguments: list[str]) -> None:
         raise InputError(sentence) from error
     if errors:
         raise errors[0]
+
+
+def _free_text(argument: str) -> str:
+    """``where=`` and its like quoted for Hydra, whose grammar gives <, = and commas a meaning.
+
+    In a shell one pair of quotes is then enough: where='latent_dim>=8 and seed<3'.
+    """
+    name, equals, value = argument.partition("=")
+    if name == "metrics" and "," in value and value[0] != "[":
+        return f"metrics=[{value}]"
+    if not equals or name not in ("where", "baseline", "runs") or value in ("", "null"):
+        return argument
+    if value[0] in "'\"" or (name == "runs" and value[0] == "["):
+        return argument
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"'
 
 
 def _register_plugins() -> None:
@@ -183,12 +206,24 @@ def _report(cfg: DictConfig) -> None:
 
     from vaeq.compose import typed
     from vaeq.config import ReportConfig
-    from vaeq.report import newest_experiment, write_report
+    from vaeq.report import expand, newest_experiment, write_report
 
     config = typed(cfg, ReportConfig)
-    console = Console()
-    runs = Path(config.runs) if config.runs is not None else newest_experiment(Path("outputs"))
-    write_report([runs], Path(config.output or runs), console)
+
+    def listed(value: str | list[str] | None) -> list[str]:
+        return [] if value is None else [value] if isinstance(value, str) else value
+
+    runs = expand(listed(config.runs)) or [newest_experiment(Path("outputs"))]
+    several = Path(os.path.commonpath([path.absolute() for path in runs])) / "report"
+    output = config.output or (runs[0] if len(runs) == 1 else several)
+    write_report(
+        runs,
+        Path(output),
+        Console(),
+        where=config.where,
+        metrics=listed(config.metrics),
+        baseline=config.baseline,
+    )
 
 
 def _measure(cfg: DictConfig) -> None:
@@ -277,7 +312,7 @@ def _print_help(command: str) -> None:
     console = Console()
     console.print(f"vaeq {command}: {COMMANDS[command]}\n", highlight=False)
     for example in EXAMPLES[command]:
-        console.print(f"  {example}", highlight=False, markup=False)
+        console.print(f"  {example}", highlight=False, markup=False, soft_wrap=True)
     # Two columns: the override to type, and what it means.
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True)

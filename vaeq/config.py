@@ -335,14 +335,42 @@ class SampleConfig:
 class ReportConfig:
     """Which runs to tabulate, and where the report goes."""
 
-    runs: str | None = key(
+    # A text or a list of texts, which OmegaConf's unions do not know.
+    runs: Any = key(  # noqa: RUF009
         None,
-        "folder of runs, searched three levels deep; null: the newest experiment in outputs",
+        "folders of runs, searched three levels deep, or globs; null: the newest experiment in "
+        "outputs",
+        pattern_words="a folder, a glob such as 'outputs/*', or a list [A,B]",
     )
-    output: str | None = key(None, "folder that receives the report; null: the folder of runs")
+    output: str | None = key(
+        None,
+        "folder that receives the report; null: the folder of runs, or report beside several",
+    )
+    where: str | None = key(
+        None,
+        "keep the runs for which this holds, such as 'latent_dim>=8 and seed<3'",
+        pattern_words="comparisons of settings and metrics with ==, !=, <, <=, >, >=, in, and, or, "
+        "not",
+    )
+    metrics: Any = key(  # noqa: RUF009
+        None,
+        "columns of the tables; null: those that tell most",
+        pattern_words="metrics such as kl_per_image,marginal_kl",
+    )
+    baseline: str | None = key(
+        None,
+        "also show differences from this configuration",
+        pattern_words="settings such as 'latent_dim=2,encoder_depth=1', or how a run's name begins",
+    )
 
     def __post_init__(self) -> None:
         check(self)
+        for name in ("runs", "metrics"):
+            value = getattr(self, name)
+            words = value if isinstance(value, list) else [value]
+            if value is not None and not (words and all(isinstance(w, str) and w for w in words)):
+                spec = keys_of(ReportConfig)[name][0]
+                raise InputError(out_of_range(name, spec, "Any", value))
 
 
 def science(config: Any) -> dict[str, Any]:

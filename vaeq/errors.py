@@ -24,6 +24,8 @@ class TrainingDiverged(VaeqError):
 
 def one_line(text: str, limit: int = 300) -> str:
     """Text from a file made safe to print: one line, no control characters, no lone surrogates."""
+    if len(text) <= limit and text.isprintable() and "  " not in text and text == text.strip():
+        return text
     text = " ".join(text.split())
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

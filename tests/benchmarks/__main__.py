@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tests.benchmarks import bench_divergence
+from tests.benchmarks import bench_divergence, bench_report
 
 bench_divergence.main()
+bench_report.main()

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 
 from vaeq.errors import one_line
+from vaeq.report.baseline import Comparison
+from vaeq.report.claims import FactorVerdict
 from vaeq.report.runs import Excluded
 from vaeq.report.table import (
     Table,
@@ -13,8 +15,8 @@ from vaeq.report.table import (
     setting_text,
     settings_text,
 )
-from vaeq.report.trend import TESTS
-from vaeq.report.verdict import FactorVerdict, Verdict
+from vaeq.report.trend import BLOCK_TESTS, FALSE_DISCOVERY, TESTS
+from vaeq.report.verdict import Verdict
 
 
 def table_markdown(table: Table, excluded: Sequence[Excluded]) -> str:
@@ -37,6 +39,18 @@ def table_markdown(table: Table, excluded: Sequence[Excluded]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def differences_markdown(table: Table, comparison: Comparison) -> str:
+    """Every configuration's difference from the baseline."""
+    header = [*table.varying, *(table.heading(metric) for metric in comparison.metrics)]
+    rows = [
+        [setting_text(row.settings.get(name)) for name in table.varying]
+        + [cell.text() for cell in cells]
+        for row, cells in comparison.rows
+    ]
+    lines = ["# Differences from the baseline", "", *_grid(header, rows, numbers=True)]
+    return "\n".join([*lines, "", _literal(comparison.legend()), ""])
+
+
 def verdict_markdown(verdict: Verdict) -> str:
     """The bottom line, then each claim with its outcomes and what weakens them."""
     lines = ["# Verdict", "", _literal(" ".join(verdict.bottom_line))]
@@ -48,13 +62,18 @@ def verdict_markdown(verdict: Verdict) -> str:
             used |= {o.trend.test: None for o in factor.outcomes if o.trend is not None}
         if claim.unanswered:
             lines += ["", claim.unanswered]
-    lines += _bullets("Tests", [f"{name}: {TESTS[name]}." for name in used if name in TESTS])
+    tests = [f"{name}: {TESTS[name]}." for name in used if name in TESTS]
+    if any(name in BLOCK_TESTS for name in used):
+        tests.append(f"q: {FALSE_DISCOVERY}.")
+    lines += _bullets("Tests", tests)
     return "\n".join(lines) + "\n"
 
 
 def _factor_lines(verdict: FactorVerdict) -> list[str]:
     levels = ", ".join(setting_text(level) for level in verdict.levels)
-    header = ["view", "metric", "answer", "first → last", "unit", "test", "blocks"]
+    per = next((o.effect.per for o in verdict.outcomes if o.effect), "")
+    change = f"change per {per} [95% CI over seeds]" if per else "change"
+    header = ["view", "metric", "answer", "first → last", "unit", change, "test", "q", "blocks"]
     rows = [
         [
             outcome.view,
@@ -62,7 +81,9 @@ def _factor_lines(verdict: FactorVerdict) -> list[str]:
             outcome.answer_text(),
             outcome.effect_text(),
             outcome.unit,
+            outcome.effect.change_text() if outcome.effect else "",
             outcome.test_text(),
+            outcome.q_text(),
             str(outcome.trend.n_blocks if outcome.trend else 0),
         ]
         for outcome in verdict.outcomes

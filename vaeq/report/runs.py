@@ -15,11 +15,8 @@ from vaeq.config import SweepConfig
 from vaeq.errors import InputError, one_line
 from vaeq.estimate import Estimate
 from vaeq.record import RunRecord, read_record
+from vaeq.report.folders import MAKE_SOME, SEARCH_DEPTH, find_runs
 from vaeq.schema import SchemaError
-
-SEARCH_DEPTH = 3
-RUN_FILES = ("record.json", "status.json", "config.yaml")
-_MAKE_SOME = "make some with: vaeq sweep latent_dim=2,8,32"
 
 Scalar = str | int | float | bool | None
 Kind = Literal["failed", "unfinished", "unreadable", "other schema", "duplicate"]
@@ -38,6 +35,9 @@ class Run:
     per_dimension: Mapping[str, Sequence[Any]] = field(default_factory=dict, repr=False)
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
     seconds: float | None = None
+    history: Mapping[str, Sequence[Any]] = field(default_factory=dict, repr=False)
+    curves: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    config_hash: str = ""
 
     def value(self, metric: str) -> float | None:
         """The value of a metric, or None where the record has no number for it."""
@@ -81,7 +81,7 @@ def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[Excluded]]:
     excluded: list[Excluded] = []
     first: dict[tuple[object, ...], Run] = {}
     found = False
-    for name, directory in _find_runs(roots):
+    for name, directory in find_runs(roots):
         found = True
         try:
             run = _read_run(name, directory)
@@ -100,68 +100,9 @@ def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[Excluded]]:
     if not found:
         where = ", ".join(str(root) for root in roots) or "no folder"
         raise InputError(
-            f"runs={where}: no runs there (searched {SEARCH_DEPTH} levels deep); {_MAKE_SOME}"
+            f"runs={where}: no runs there (searched {SEARCH_DEPTH} levels deep); {MAKE_SOME}"
         )
     return runs, excluded
-
-
-def newest_experiment(outputs: Path) -> Path:
-    """The sub-folder of ``outputs`` in which a run was written last.
-
-    Raises:
-        InputError: no sub-folder holds a run.
-    """
-    newest: tuple[float, Path] | None = None
-    folders = sorted(outputs.iterdir()) if outputs.is_dir() else []
-    for folder in folders:
-        if not folder.is_dir() or folder.name.startswith("."):
-            continue
-        for run in _walk(folder, SEARCH_DEPTH - 1):
-            written = max((file.stat().st_mtime for file in _run_files(run)), default=-1.0)
-            if newest is None or written > newest[0]:
-                newest = written, folder
-    if newest is None:
-        raise InputError(f"no runs in {outputs} yet; {_MAKE_SOME}")
-    return newest[1]
-
-
-def _run_files(directory: Path) -> list[Path]:
-    return [path for name in RUN_FILES if (path := directory / name).is_file()]
-
-
-def _find_runs(roots: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    """Name and path of every run directory under the roots, each once, in the order of names."""
-    seen: set[Path] = set()
-    for root in roots:
-        if not root.is_dir():
-            problem = "is not a folder" if root.exists() else "does not exist"
-            raise InputError(
-                f"runs={root} {problem}; give a folder of runs, such as outputs/default"
-            )
-        for directory in _walk(root, SEARCH_DEPTH):
-            resolved = directory.resolve()
-            if resolved not in seen:
-                seen.add(resolved)
-                relative = directory.relative_to(root)
-                yield (str(relative) if relative.parts else root.resolve().name), directory
-
-
-def _walk(directory: Path, depth: int) -> Iterator[Path]:
-    """Run directories at or below a directory; a run directory is not searched further.
-
-    A directory that cannot be listed is yielded too: it may be a run, and is named as unreadable.
-    """
-    try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-    except OSError:
-        yield directory
-        return
-    if any(entry.name in RUN_FILES for entry in entries):
-        yield directory
-    elif depth > 0:
-        for entry in entries:
-            if entry.is_dir() and not entry.name.startswith("."):
-                yield from _walk(directory / entry.name, depth - 1)
 
 
 def _read_run(name: str, directory: Path) -> Run | Excluded:
@@ -192,6 +133,9 @@ def _read_run(name: str, directory: Path) -> Run | Excluded:
         per_dimension=record.per_dimension,
         provenance=record.provenance,
         seconds=float(seconds) if seconds is not None else None,
+        history=record.history,
+        curves=record.curves,
+        config_hash=record.config_hash,
     )
 
 

@@ -13,6 +13,9 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from vaeq.errors import one_line
+from vaeq.report.baseline import Comparison
+from vaeq.report.claims import FactorVerdict
+from vaeq.report.outcomes import SHORT, Outcome
 from vaeq.report.runs import Excluded, Kind
 from vaeq.report.table import (
     Table,
@@ -20,8 +23,8 @@ from vaeq.report.table import (
     setting_text,
     settings_text,
 )
-from vaeq.report.trend import TESTS
-from vaeq.report.verdict import SHORT, FactorVerdict, Outcome, Verdict
+from vaeq.report.trend import BLOCK_TESTS, FALSE_DISCOVERY, TESTS
+from vaeq.report.verdict import Verdict
 from vaeq.report.words import ASCII
 
 _STYLES = {
@@ -105,19 +108,49 @@ class Printer:
 
 
 def print_report(
-    console: Console, table: Table, verdict: Verdict | None, excluded: Sequence[Excluded]
+    console: Console,
+    table: Table,
+    verdict: Verdict | None,
+    excluded: Sequence[Excluded],
+    comparison: Comparison | None = None,
+    filters: str = "",
 ) -> None:
     """Print the counts, the table, the verdict and the runs that are not in the table."""
     printer = Printer(console)
     printer.line(count_text(sum(len(row.runs) for row in table.rows), excluded), "bold")
+    if filters:
+        printer.line(f"{one_line(filters)}.")
     if verdict is not None:
         printer.line()
         print_table(printer, table)
+        if comparison is not None:
+            print_differences(printer, table, comparison)
         print_verdict(printer, verdict)
     if excluded:
         printer.heading("Runs that are not in the table")
         for run in excluded:
             printer.item(f"{one_line(run.name)} ({run.kind}): {run.reason}")
+
+
+def print_differences(printer: Printer, table: Table, comparison: Comparison) -> None:
+    """Every configuration's difference from the baseline."""
+    printer.heading("Differences from the baseline")
+    rows = [row for row, _ in comparison.rows]
+    keys = [
+        _plain_column(one_line(name), [setting_text(row.settings.get(name)) for row in rows])
+        for name in table.varying
+    ]
+    columns = [
+        Column(
+            tuple(_broken(table.heading(metric), 12)),
+            tuple(cells[i].text() for _, cells in comparison.rows),
+        )
+        for i, metric in enumerate(comparison.metrics)
+    ]
+    for panel in _fold(keys, columns, printer.console.width):
+        printer.grid(panel)
+        printer.line()
+    printer.line(comparison.legend(), "dim")
 
 
 def count_text(n_complete: int, excluded: Sequence[Excluded]) -> str:
@@ -246,7 +279,10 @@ def print_verdict(printer: Printer, verdict: Verdict) -> None:
         if claim.unanswered:
             printer.line()
             printer.line(claim.unanswered)
-    if tests := [f"{name}: {TESTS[name]}" for name in used if name in TESTS]:
+    tests = [f"{name}: {TESTS[name]}" for name in used if name in TESTS]
+    if any(name in BLOCK_TESTS for name in used):
+        tests.append(f"q: {FALSE_DISCOVERY}")
+    if tests:
         printer.line()
         printer.line("Tests. " + ". ".join(tests) + ".", "dim")
 
@@ -285,6 +321,13 @@ def _outcome_columns(outcomes: Sequence[Outcome]) -> list[Column]:
         Column(("first → last", "[nats]"), tuple(outcome.effect_text() for outcome in outcomes)),
         Column(("test",), tuple(outcome.test_text() for outcome in outcomes), "left"),
     ]
+    if any(outcome.q_value is not None for outcome in outcomes):
+        columns.append(
+            Column(("q",), tuple(o.q_text().removeprefix("q") for o in outcomes), "left")
+        )
+    if per := next((o.effect.per for o in outcomes if o.effect), ""):
+        changes = (o.effect.change_text() if o.effect else "" for o in outcomes)
+        columns.append(Column((f"change per {per}", "[nats, 95% CI over seeds]"), tuple(changes)))
     if len(set(blocks)) > 1:
         columns.append(Column(("blocks",), tuple(blocks)))
     return columns

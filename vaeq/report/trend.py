@@ -32,6 +32,9 @@ STEPS = "steps"
 SIGNS = "signs"
 UNTESTED = "none"
 
+# Those whose p-value speaks of other blocks, and of other seeds where blocks are seeds.
+BLOCK_TESTS = (PAGE, PAGE_NORMAL, SIGNED_RANK, PAIRED_T)
+
 TESTS = {
     PAGE: "Page's trend test over blocks, exact permutation p-value, two-sided",
     PAGE_NORMAL: "Page's trend test over blocks, normal approximation, two-sided",
@@ -41,6 +44,11 @@ TESTS = {
     "p is that of the least certain step, two-sided",
     SIGNS: "no Monte Carlo error to test against; a change only if every step has the same sign",
 }
+
+FALSE_DISCOVERY = (
+    "the p-values of one comparison's metrics corrected for their number (Benjamini and "
+    f"Hochberg); a change counts where q <= {ALPHA}"
+)
 
 
 @dataclass(frozen=True)
