@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vaeq.config import DataConfig, MeasureConfig, RunConfig
+from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
 from vaeq.data import Images, load_images
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -55,6 +55,7 @@ def tiny(tmp_path: Path) -> RunConfig:
         device="cpu",
         data=DataConfig(n_train=600, n_test=200),
         measure=MeasureConfig(panel="decomposition", n_samples=200),
+        generation=GenerationConfig(n_importance=None, quality=False),
     )
 
 
@@ -67,6 +68,7 @@ TINY = (
     "data.n_test=200",
     "measure.panel=decomposition",
     "measure.n_samples=200",
+    "generation.n_importance=null",
 )
 
 

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 from vaeq import experiment
 from vaeq.config import RunConfig
 from vaeq.errors import InputError, TrainingDiverged
-from vaeq.experiment import resolve_device, resolve_precision, run
+from vaeq import hardware
+from vaeq.experiment import run
+from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.progress import Event
 from vaeq.record import RECORD, RunRecord, read_record, run_directory
 
@@ -166,7 +168,7 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="precision=tf32 needs a GPU; use precision=auto"):
         resolve_precision("tf32", cpu)
     for flags, expected in ({"avx2"}, "fp32"), ({"avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16"):
-        monkeypatch.setattr(experiment, "_cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(hardware, "_cpu_flags", lambda flags=flags: flags)
         assert resolve_precision("auto", cpu) == expected
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": "fit every combination of the values given; finished runs are skipped",
     "report": "verdict, tables, figures and report.html of the runs in some folders",
     "measure": "measure the codes of any VAE, trained anywhere",
+    "sample": "pictures and arrays from a trained decoder",
 }
 EXAMPLES = {
     "train": ("vaeq train", "vaeq train latent_dim=8 encoder_depth=3 seed=1"),
@@ -32,6 +33,10 @@ EXAMPLES = {
         "vaeq sweep experiment=finding hydra/launcher=ensemble",
     ),
     "measure": ("vaeq measure codes=codes.npz output=codes.json",),
+    "sample": (
+        "vaeq sample run=outputs/default/latent_dim=2,... source=aggregated n=400",
+        "vaeq sample run=outputs/default/latent_dim=2,... picture=plane",
+    ),
     "report": (
         "vaeq report",
         "vaeq report runs='outputs/*' output=/tmp/all",
@@ -103,7 +108,7 @@ def _run_hydra(command: str, arguments: list[str]) -> None:
 
     from vaeq import compose
 
-    if command == "report":
+    if command in ("report", "sample"):
         arguments = [_free_text(argument) for argument in arguments]
     overrides = get_args_parser().parse_args(arguments).overrides
     if not any(word in _SHELL_COMPLETION for word in arguments):
@@ -143,7 +148,7 @@ def _free_text(argument: str) -> str:
     name, equals, value = argument.partition("=")
     if name == "metrics" and "," in value and value[0] != "[":
         return f"metrics=[{value}]"
-    if not equals or name not in ("where", "baseline", "runs") or value in ("", "null"):
+    if not equals or name not in ("where", "baseline", "runs", "run", "output") or value in ("", "null"):
         return argument
     if value[0] in "'\"" or (name == "runs" and value[0] == "["):
         return argument
@@ -257,10 +262,22 @@ def _measure(cfg: DictConfig) -> None:
         print(f"written to {config.output}")  # noqa: T201
 
 
+def _sample(cfg: DictConfig) -> None:
+    from vaeq.compose import typed
+    from vaeq.config import SampleConfig
+
+    config = typed(cfg, SampleConfig)
+    from vaeq.sample import sample
+
+    for path in sample(config):
+        print(f"written to {path}")  # noqa: T201
+
+
 TASKS: dict[str, Callable[[Any], None]] = {
     "train": _train,
     "report": _report,
     "measure": _measure,
+    "sample": _sample,
 }
 
 

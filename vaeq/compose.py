@@ -14,7 +14,15 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from vaeq.config import CodesConfig, ReportConfig, RunConfig, SweepConfig, keys_of, out_of_range
+from vaeq.config import (
+    CodesConfig,
+    ReportConfig,
+    RunConfig,
+    SampleConfig,
+    SweepConfig,
+    keys_of,
+    out_of_range,
+)
 from vaeq.errors import InputError
 
 SCHEMAS: dict[str, type] = {
@@ -22,6 +30,7 @@ SCHEMAS: dict[str, type] = {
     "sweep": SweepConfig,
     "report": ReportConfig,
     "measure": CodesConfig,
+    "sample": SampleConfig,
 }
 _GROUPS = ("data", "experiment")
 

@@ -17,16 +17,23 @@ from filelock import FileLock
 from safetensors.torch import save
 
 from vaeq import __version__
-from vaeq.checkpoint import load_checkpoint, save_checkpoint
+from vaeq.checkpoint import FILE, load_checkpoint, save_checkpoint
 from vaeq.config import DataConfig, RunConfig, config_hash, run_name
 from vaeq.data import Images, load_images
 from vaeq.elbo import held_out_elbo
 from vaeq.ensemble import encode_all
 from vaeq.errors import InputError, VaeqError
+from vaeq.estimate import Estimate
+from vaeq.generation import Decoder
+from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.measurement import measure
 from vaeq.model import VAE
+from vaeq.ppca import fit_ppca
 from vaeq.progress import Event
+from vaeq.quality import FLOOR, missing_quality
 from vaeq.record import (
+    CACHE,
+    PICTURES,
     SAMPLES,
     RunRecord,
     columns,
@@ -39,6 +46,7 @@ from vaeq.record import (
     write_record,
     write_status,
 )
+from vaeq.samplers import SOURCES
 from vaeq.seeds import derive_seed
 from vaeq.train import Recipe, State, fit_together
 
@@ -48,51 +56,6 @@ Codes = tuple[torch.Tensor, torch.Tensor]  # mean and logvar, (N, D) each
 _KEPT_SAMPLES = 10_000
 # Models encoded together: their codes are held at once, 31 MB each at D = 64.
 _ENCODED = 16
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a config's ``device``.
-
-    Raises:
-        InputError: a GPU was asked for by name and is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device={name} is not available: torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} CUDA devices; use device=cpu or device=auto."
-        )
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """The precision of a config's ``precision`` on a device.
-
-    ``auto`` is bf16 where the processor multiplies it in hardware, which halves the time of a step
-    and moves no result beyond the spread of seeds; else fp32.
-
-    Raises:
-        InputError: tf32 was asked for on a CPU.
-    """
-    if name == "tf32" and device.type != "cuda":
-        raise InputError("precision=tf32 needs a GPU; use precision=auto, fp32 or bf16.")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "fp32"
-
-
-def _cpu_flags() -> set[str]:
-    """What the processor can do, in Linux's words; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    flags = [line.partition(":")[2].split() for line in lines if line.startswith("flags")]
-    return set(flags[0]) if flags else set()
 
 
 @lru_cache(maxsize=1)
@@ -139,12 +102,18 @@ class _Run:
 
     config: RunConfig
     directory: Path
-    state: State
     images: Images
-    precision: str
     provenance: dict[str, Any]
     notify: Notify
+    history: list[dict[str, float]]  # one row an epoch, growing
     first: int  # epochs it had when this process took it up
+    _state: State | None
+
+    @property
+    def state(self) -> State:
+        """What is trained; only an mlp has it."""
+        assert self._state is not None
+        return self._state
 
     @property
     def name(self) -> str:
@@ -205,8 +174,12 @@ def run_ensemble(
                 endings[i] = begun
             else:
                 runs[i] = begun
-        for epoch in sorted({one.first for one in runs.values()}):
-            together = {i: one for i, one in runs.items() if one.first == epoch}
+        for i, one in runs.items():
+            if one.config.model == "ppca":
+                endings[i] = _finish(one, lambda one=one: _measure_ppca(one))
+        networks = {i: one for i, one in runs.items() if endings[i] is None}
+        for epoch in sorted({one.first for one in networks.values()}):
+            together = {i: one for i, one in networks.items() if one.first == epoch}
             failures = dict(zip(together, _train(list(together.values())), strict=True))
             for i, failure in failures.items():
                 if failure is not None:
@@ -217,7 +190,7 @@ def run_ensemble(
                 some = trained[start : start + _ENCODED]
                 codes = _encode([runs[i] for i in some])
                 for i, own in zip(some, codes, strict=True):
-                    endings[i] = _finish(runs[i], *own)
+                    endings[i] = _finish(runs[i], lambda i=i, own=own: _measure_mlp(runs[i], *own))
     return [ending for ending in endings if ending is not None]
 
 
@@ -319,7 +292,7 @@ def _train(runs: Sequence[_Run]) -> list[Exception | None]:
 
     def on_epoch(i: int) -> None:
         keepers[i].epoch_done()
-        history = runs[i].state.history
+        history = runs[i].history
         runs[i].tell("epoch", len(history), elbo=history[-1]["test_elbo"])
 
     for run in runs:
@@ -330,7 +303,7 @@ def _train(runs: Sequence[_Run]) -> list[Exception | None]:
             [run.state for run in runs],
             runs[0].images,
             [recipe(run.config) for run in runs],
-            precision=runs[0].precision,
+            precision=runs[0].provenance["precision"],
             on_images=on_images,
             on_epoch=on_epoch,
             on_diverged=failures.__setitem__,
@@ -353,32 +326,115 @@ def _encode(runs: Sequence[_Run]) -> list[tuple[Codes, Codes]]:
     return list(zip(train, test, strict=True))
 
 
-def _finish(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord | Exception:
-    """Measure and record a trained run."""
+def _finish(run: _Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception:
+    """Measure and record a run."""
+    run.notify(Event("stage", run.name, message="measuring"))
     try:
-        record = _measure(run, codes, test_codes)
+        record = measured()
     except Exception as error:
         _fail(run, error)
         return error
     write_record(run.directory, record)
-    write_status(run.directory, "complete", run.state.epoch, run.config.epochs)
+    write_status(run.directory, "complete", len(run.history), run.config.epochs)
     run.notify(Event("complete", run.name, message=_summary(record)))
     return record
 
 
-def _measure(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord:
-    config, state, images = run.config, run.state, run.images
+def _measure_mlp(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord:
+    """What there is to know of a trained VAE."""
     began = time.perf_counter()
-    run.notify(Event("stage", run.name, message="measuring"))
-    (mean, logvar), (test_mean, test_logvar) = codes, test_codes
+    decode, images = run.state.vae.decode, run.images
+    generator = _generator(run, "measure")
+    estimates = held_out_elbo(decode, *test_codes, images.observed("test"), generator)
+    decoder = Decoder(decode, codes, test_codes, images)
+    more, settings, pictures = _generate(run, decoder)
+    content = save({name: values.cpu() for name, values in pictures.items()})
+    write_atomic(run.directory / PICTURES, content)
+    seconds = sum(row["seconds"] for row in run.history)
+    return _record(run, codes, test_codes, estimates | more, settings, generator, began, seconds)
+
+
+def _measure_ppca(run: _Run) -> RunRecord:
+    """Probabilistic PCA from its fit to its record: it has no epochs and nothing to resume."""
+    began = time.perf_counter()
+    run.tell("start", 0)
+    images = run.images
+    model = fit_ppca(
+        images.observed("train"), run.config.latent_dim, generator=_generator(run, "weights")
+    )
+    run.history.extend(
+        {"epoch": i, "train_elbo": value} for i, value in enumerate(model.log_likelihood)
+    )
+    write_history(run.directory, run.history)
+    noise = torch.tensor(model.noise_variance, dtype=torch.float64)
+    weights = {"mean": model.mean, "weight": model.weight, "noise_variance": noise}
+    write_atomic(run.directory / FILE, save({name: v.contiguous() for name, v in weights.items()}))
+    seconds = time.perf_counter() - began
+    began = time.perf_counter()
     held_out = images.observed("test")
-    generator = torch.Generator(mean.device).manual_seed(derive_seed(config.seed, "measure"))
-    elbo = held_out_elbo(state.vae.decode, test_mean, test_logvar, held_out, generator)
+    reason = "samples of ppca are grey levels of a Gaussian, not Bernoulli means"
+    estimates = model.evaluate(held_out) | missing_quality([*SOURCES, FLOOR], reason)
+    settings = {
+        "em": {
+            "iterations": model.iterations,
+            "converged": model.converged,
+            "closed_form_gap_nats": model.closed_form_gap,
+            "covariance_gap": model.covariance_gap,
+        }
+    }
+    codes, test_codes = model.encode(images.observed("train")), model.encode(held_out)
+    generator = _generator(run, "measure")
+    return _record(run, codes, test_codes, estimates, settings, generator, began, seconds)
+
+
+def _generator(run: _Run, *purpose: str) -> torch.Generator:
+    seed = derive_seed(run.config.seed, *purpose)
+    return torch.Generator(run.images.train.device).manual_seed(seed)
+
+
+def _generate(
+    run: _Run, decoder: Decoder
+) -> tuple[dict[str, Estimate], dict[str, Any], dict[str, torch.Tensor]]:
+    """Likelihood, sample quality and pictures, as far as the config asks for them."""
+    wanted = run.config.generation
+    ex_post = decoder.fit_ex_post(_generator(run, "ex-post"))
+    estimates: dict[str, Estimate] = {}
+    settings: dict[str, Any] = {"ex_post_components": ex_post.components}
+    if wanted.n_importance is not None:
+        estimates |= decoder.likelihood(
+            ex_post,
+            _generator(run, "likelihood"),
+            n_importance=wanted.n_importance,
+            n_images=wanted.likelihood_images,
+        )
+    if wanted.ais_images:
+        estimates |= decoder.annealed(_generator(run, "annealing"), wanted.ais_images)
+    if wanted.quality:
+        cache = Path(run.config.outputs) / CACHE
+        quality, classifier = decoder.quality(ex_post, _generator(run, "quality"), cache)
+        estimates |= quality
+        settings["classifier"] = classifier
+    pictures = decoder.pictures(ex_post, _generator(run, "pictures"))
+    return estimates, {"generation": settings}, pictures
+
+
+def _record(
+    run: _Run,
+    codes: Codes,
+    test_codes: Codes,
+    estimates: dict[str, Estimate],
+    settings: dict[str, Any],
+    generator: torch.Generator,
+    began: float,
+    train_seconds: float,
+) -> RunRecord:
+    """Measure the codes, keep some of them for the pictures, and put everything together."""
+    config, images = run.config, run.images
+    mean, logvar = codes
     found = measure(
         mean,
         logvar,
-        test_mean,
-        test_logvar,
+        *test_codes,
         images.train_labels,
         n_samples=config.measure.n_samples,
         seed=derive_seed(config.seed, "codes"),
@@ -387,10 +443,9 @@ def _measure(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord:
     ).to_dict()
     kept = slice(_KEPT_SAMPLES)
     noise = torch.randn(mean[kept].shape, generator=generator, device=mean.device)
-    z = mean[kept] + torch.exp(0.5 * logvar[kept]) * noise
+    z = (mean[kept] + torch.exp(0.5 * logvar[kept]) * noise).float()
     label = images.train_labels[kept].contiguous()
     write_atomic(run.directory / SAMPLES, save({"z": z.cpu(), "label": label}))
-    train_seconds = sum(row["seconds"] for row in state.history)
     measure_seconds = time.perf_counter() - began
     return RunRecord(
         "complete",
@@ -402,11 +457,11 @@ def _measure(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord:
             "measure_seconds": measure_seconds,
             "total_seconds": train_seconds + measure_seconds,
         },
-        history=columns(state.history),
-        estimates={name: value.to_dict() for name, value in elbo.items()} | found["estimates"],
+        history=columns(run.history),
+        estimates={name: value.to_dict() for name, value in estimates.items()} | found["estimates"],
         per_dimension=found["per_dimension"],
         curves=found["curves"],
-        settings=found["settings"],
+        settings=found["settings"] | settings,
     )
 
 
@@ -422,11 +477,11 @@ def _fail(run: _Run, error: Exception) -> None:
         asdict(run.config),
         config_hash(run.config),
         run.provenance,
-        history=columns(run.state.history),
+        history=columns(run.history),
         failure=failure,
     )
     write_record(run.directory, record)
-    write_status(run.directory, "failed", run.state.epoch, run.config.epochs, failure=failure)
+    write_status(run.directory, "failed", len(run.history), run.config.epochs, failure=failure)
 
 
 def _summary(record: RunRecord) -> str:

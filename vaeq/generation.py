@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,8 @@ from vaeq.errors import InputError
 from vaeq.estimate import Estimate
 from vaeq.likelihood import ais_check, log_likelihood
 from vaeq.posterior import AggregatedPosterior
-from vaeq.quality import missing_quality, sample_quality
+from vaeq.quality import FLOOR, missing_quality, sample_quality
 from vaeq.samplers import (
-    SOURCES,
     as_uint8,
     decode_means,
     interpolations,
@@ -86,18 +86,23 @@ class Decoder:
 
     def quality(
         self, ex_post: ExPost, generator: torch.Generator, cache: Path
-    ) -> dict[str, Estimate]:
-        """Samples of every source in the features of a classifier kept in ``cache``."""
+    ) -> tuple[dict[str, Estimate], dict[str, Any]]:
+        """Samples of every source in the features of a classifier kept in ``cache``.
+
+        Against grey levels, also where the encoder sees binary pixels: samples are grey levels.
+        Returns the estimates, and which classifier it was: distances compare under one alone.
+        """
         images = self.images
-        train, test = images.observed("train"), images.observed("test")
+        train, test = images.train, images.test
+        sources = samplers(self.posterior, ex_post)
         try:
             classifier = load_classifier(
                 cache, train, images.train_labels, test, images.test_labels, data_md5=images.md5
             )
         except InputError as error:
-            return missing_quality(str(error))
-        sources = samplers(self.posterior, ex_post)
-        return sample_quality(self.decode, sources, train, test, classifier, generator)
+            return missing_quality([*sources, FLOOR], str(error)), {}
+        found = sample_quality(self.decode, sources, train, test, classifier, generator)
+        return found, {"accuracy": classifier.accuracy, "checksum": classifier.checksum}
 
     def pictures(self, ex_post: ExPost, generator: torch.Generator) -> dict[str, Tensor]:
         """Small sets of uint8 images (n, height, width) by name, for the report."""
@@ -134,5 +139,3 @@ def square(images: Tensor) -> Tensor:
     height = side if side * side == images.shape[1] else 1
     return images.unflatten(1, (height, -1)).cpu().contiguous()
 
-
-__all__ = ["SOURCES", "Decoder", "square"]

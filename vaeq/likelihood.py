@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
@@ -36,10 +35,12 @@ Observation = Callable[[Tensor, Tensor], Tensor]
 def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
     """log p(x|z) = Σ_j x_j l_j − log(1 + e^{l_j}), (B, K), of l (B, K, pixels) and x (B, pixels).
 
-    The same number as :func:`vaeq.elbo.reconstruction`, for many z of one image, without a copy
-    of the image for each.
+    The same number as :func:`vaeq.elbo.reconstruction`, by the same formula, for many z of one
+    image, without a copy of the image for each.
     """
-    return (logits @ x[:, :, None])[:, :, 0] - functional.softplus(logits).sum(2)
+    size = logits.abs()
+    log_likely = torch.sigmoid(size).log2() * math.log(2) - 0.5 * (size + logits)
+    return (logits @ x[:, :, None])[:, :, 0] + log_likely.sum(2)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ Samples are Bernoulli means, grey levels as the images are: no pixel is drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -21,17 +21,19 @@ from vaeq.estimate import Estimate
 
 # Below this the features are not worth measuring in.
 REQUIRED_ACCURACY = 0.99
-MOST_IMAGES = 10_000
+SAMPLES = 5_000
 # Precision and recall cost the square of the images.
-MOST_NEIGHBOURS = 5_000
+MOST_NEIGHBOURS = 2_500
 NEIGHBOURS = 3
-REPEATS = 5
+REPEATS = 3
 # Share of held-out images that count as no digit, by definition.
 NO_DIGIT_SHARE = 0.01
 _TILE = 1 << 22
 
 Decode = Callable[[Tensor], Tensor]
 Sampler = Callable[[int, torch.Generator], Tensor]
+# The name under which training images are compared with held-out ones.
+FLOOR = "train"
 MEASURES = ("fid", "precision", "recall", "class_balance", "entropy", "no_digit")
 _UNITS = {"class_balance": "nats", "entropy": "nats"}
 
@@ -55,13 +57,14 @@ def sample_quality(
     classifier: Features,
     generator: torch.Generator,
     *,
+    n_samples: int = SAMPLES,
     repeats: int = REPEATS,
     neighbours: int = NEIGHBOURS,
 ) -> dict[str, Estimate]:
     """Samples of each source against held-out images; training images against them as the floor.
 
-    All sets are equally large: n = 10,000, or as many as there are training or held-out images;
-    for precision and recall the first 5,000 of them. The Fréchet distance is biased upward by the
+    All sets are equally large: n, or as many as there are training or held-out images; for
+    precision and recall the first 2,500 of them. The Fréchet distance is biased upward by the
     finite n, precision and recall by it, too: at equal n the bias is about the floor's, so read
     differences, and values against ``fid_train``. (The classifier has seen the training images,
     which the floor of entropy and no_digit shows.) The features are not normalised: a Fréchet
@@ -73,6 +76,7 @@ def sample_quality(
         train_images, held_out_images: (N, pixels) and (M, pixels) uint8 grey levels.
         classifier: see :mod:`vaeq.classifier`.
         generator: source of randomness; samplers get it.
+        n_samples: n, of each source in each repeat.
         repeats: R >= 2 fresh draws of each source, and choices of training images.
         neighbours: k of precision and recall.
 
@@ -101,16 +105,16 @@ def sample_quality(
     """
     if repeats < 2:
         raise InputError(f"repeats must be >= 2, got {repeats}.")
-    names = [*sources, "train"]
-    count = min(MOST_IMAGES, len(held_out_images), len(train_images))
+    names = [*sources, FLOOR]
+    count = min(n_samples, len(held_out_images), len(train_images))
     if classifier.accuracy < REQUIRED_ACCURACY:
-        return _missing(
+        return missing_quality(
             names,
             f"the classifier is right on {classifier.accuracy:.1%} of the held-out images; "
             f"its features need {REQUIRED_ACCURACY:.0%}",
         )
     if count < neighbours + 2:
-        return _missing(names, f"needs {neighbours + 2} images, got {count}")
+        return missing_quality(names, f"needs {neighbours + 2} images, got {count}")
     reference = _Reference(*classifier(held_out_images[:count]), neighbours)
     draws: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeats):
@@ -121,7 +125,7 @@ def sample_quality(
         order = torch.randperm(len(train_images), generator=generator, device=generator.device)[
             :count
         ]
-        draws["train"].append(reference.compare(*classifier(train_images[order.to(z.device)])))
+        draws[FLOOR].append(reference.compare(*classifier(train_images[order.to(z.device)])))
     found = {
         f"{measure}_{name}": _mean([row[measure] for row in rows], _UNITS.get(measure, "1"))
         for name, rows in draws.items()
@@ -136,7 +140,8 @@ def sample_quality(
     return found
 
 
-def _missing(names: list[str], reason: str) -> dict[str, Estimate]:
+def missing_quality(names: Iterable[str], reason: str) -> dict[str, Estimate]:
+    """Every number of :func:`sample_quality` as missing, for the same reason."""
     found = {
         f"{measure}_{name}": Estimate.missing(_UNITS.get(measure, "1"), reason)
         for name in names

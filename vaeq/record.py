@@ -30,6 +30,9 @@ STATUS = "status.json"
 HISTORY = "history.csv"
 CONFIG = "config.yaml"
 SAMPLES = "samples.safetensors"
+PICTURES = "pictures.safetensors"
+# Beside the experiments: what their runs share and can make anew.
+CACHE = ".cache"
 
 
 @dataclass(frozen=True)

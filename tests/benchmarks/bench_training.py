@@ -29,7 +29,8 @@ from vaeq.divergence import marginal_kl
 from vaeq.divergence.marginals import marginals
 from vaeq.ensemble import Ensemble, encode_all
 from vaeq.errors import TrainingDiverged
-from vaeq.experiment import build, recipe, resolve_device, resolve_precision
+from vaeq.experiment import build, recipe
+from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.pool import Pool, available_cores
 from vaeq.posterior import AggregatedPosterior
 from vaeq.sweep import SweepResult

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vaeq.record import PICTURES
 from vaeq.report.figures.drawing import Drawing, FigureError, Panel, Picture
 from vaeq.report.figures.sources import (
     by_dimension,
@@ -116,7 +117,7 @@ def _with_pictures(table: Table) -> list[tuple[Run, dict[str, Picture]]]:
     found, reason = [], "there are no runs"
     for runs in by_dimension(table).values():
         for run in runs:
-            if (run.directory / "pictures.safetensors").is_file():
+            if (run.directory / PICTURES).is_file():
                 found.append(run)
                 break
         else:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vaeq.errors import one_line
+from vaeq.record import PICTURES
 from vaeq.report.figures.drawing import FigureError, Picture
 from vaeq.report.runs import Run
 from vaeq.report.table import Table
@@ -80,7 +81,7 @@ def read_samples(run: Run) -> Samples:
 def read_pictures(run: Run) -> dict[str, npt.NDArray[np.uint8]]:
     """Grey pictures by name, each (n, h, w); FigureError if there are none that can be used."""
     where = f"pictures.safetensors of {one_line(run.name)}"
-    arrays = _read(run.directory / "pictures.safetensors", where)
+    arrays = _read(run.directory / PICTURES, where)
     found = {
         name: np.asarray(array, dtype=np.uint8)
         for name, array in arrays.items()
@@ -97,7 +98,7 @@ def interpolation_steps(run: Run, n: int) -> int:
 
     text = ""
     try:
-        with safe_open(run.directory / "pictures.safetensors", framework="numpy") as file:
+        with safe_open(run.directory / PICTURES, framework="numpy") as file:
             text = (file.metadata() or {}).get("interpolation_steps", "")
     except (OSError, SafetensorError):
         pass
