@@ -42,7 +42,7 @@ def mlp(
     layers: list[nn.Module] = []
     last = len(sizes) - 2
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+        linear = nn.Linear(fan_in, fan_out)  # skip_init would import half a second of torch
         rectified = activation in _RECTIFIERS and i < last
         variance = 2 / fan_in if rectified else 2 / (fan_in + fan_out)
         bound = 1 / math.sqrt(fan_in)

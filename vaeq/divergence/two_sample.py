@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy import stats
+from scipy import special
 
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
@@ -130,7 +130,7 @@ def two_sample(
                 results[name].append(value)
     estimates = {}
     # Few repeats know their own spread badly: ±2 errors are to cover what they cover of many.
-    student = float(stats.t.ppf(stats.norm.cdf(2), repeats - 1)) / 2
+    student = float(special.stdtrit(repeats - 1, special.ndtr(2.0))) / 2
     root, root_of_spread = math.sqrt(repeats) / student, math.sqrt(2 * (repeats - 1)) / student
     for name in STATISTICS:
         value, spread = _moments(found[name])
