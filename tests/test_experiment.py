@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from vaeq import experiment
+from vaeq import experiment, hardware
 from vaeq.config import RunConfig
 from vaeq.errors import InputError, TrainingDiverged
-from vaeq import hardware
 from vaeq.experiment import run
 from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.progress import Event
@@ -24,6 +23,7 @@ FILES = {
     "checkpoint.safetensors",
     "config.yaml",
     "history.csv",
+    "pictures.safetensors",
     "record.json",
     "samples.safetensors",
     "status.json",

@@ -148,7 +148,11 @@ def _free_text(argument: str) -> str:
     name, equals, value = argument.partition("=")
     if name == "metrics" and "," in value and value[0] != "[":
         return f"metrics=[{value}]"
-    if not equals or name not in ("where", "baseline", "runs", "run", "output") or value in ("", "null"):
+    if (
+        not equals
+        or name not in ("where", "baseline", "runs", "run", "output")
+        or value in ("", "null")
+    ):
         return argument
     if value[0] in "'\"" or (name == "runs" and value[0] == "["):
         return argument

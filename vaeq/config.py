@@ -158,7 +158,7 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What the trained decoder is asked: the likelihood of held-out images, the worth of samples."""
+    """What the decoder is asked: the likelihood of held-out images, the worth of samples."""
 
     n_importance: int | None = key(
         200,

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def run_ensemble(
                 runs[i] = begun
         for i, one in runs.items():
             if one.config.model == "ppca":
-                endings[i] = _finish(one, lambda one=one: _measure_ppca(one))
+                endings[i] = _finish(one, partial(_measure_ppca, one))
         networks = {i: one for i, one in runs.items() if endings[i] is None}
         for epoch in sorted({one.first for one in networks.values()}):
             together = {i: one for i, one in networks.items() if one.first == epoch}
@@ -190,7 +190,7 @@ def run_ensemble(
                 some = trained[start : start + _ENCODED]
                 codes = _encode([runs[i] for i in some])
                 for i, own in zip(some, codes, strict=True):
-                    endings[i] = _finish(runs[i], lambda i=i, own=own: _measure_mlp(runs[i], *own))
+                    endings[i] = _finish(runs[i], partial(_measure_mlp, runs[i], *own))
     return [ending for ending in endings if ending is not None]
 
 
@@ -211,9 +211,10 @@ def _begin(config: RunConfig, notify: Notify, threads: int, locks: ExitStack) ->
         notify(Event("skipped", run_name(config), message="finished by another process"))
         return found
     write_config(directory, config)
-    state = _resume(config, directory, images, notify)
+    state = _resume(config, directory, images, notify) if config.model == "mlp" else None
+    history = state.history if state is not None else []
     provenance = _provenance(images, precision, threads)
-    return _Run(config, directory, state, images, precision, provenance, notify, first=state.epoch)
+    return _Run(config, directory, images, provenance, notify, history, len(history), state)
 
 
 def _provenance(images: Images, precision: str, threads: int) -> dict[str, Any]:

@@ -125,7 +125,9 @@ class Decoder:
         """Between the codes of one held-out digit and the next."""
         mean = self.test_codes[0]
         pairs = min(pairs, len(mean) // 2)
-        return as_uint8(interpolations(self.decode, mean[: 2 * pairs].unflatten(0, (pairs, 2)), steps))
+        return as_uint8(
+            interpolations(self.decode, mean[: 2 * pairs].unflatten(0, (pairs, 2)), steps)
+        )
 
     def plane(self, side: int) -> Tensor:
         """The manifold of a two-dimensional code."""
@@ -138,4 +140,3 @@ def square(images: Tensor) -> Tensor:
     side = round(images.shape[1] ** 0.5)
     height = side if side * side == images.shape[1] else 1
     return images.unflatten(1, (height, -1)).cpu().contiguous()
-

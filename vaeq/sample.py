@@ -24,6 +24,8 @@ from vaeq.seeds import derive_seed
 
 # Digits side by side in interpolations.
 _STEPS = 10
+# And in reconstructions.
+_ROW = 20
 
 
 def sample(config: SampleConfig) -> list[Path]:
@@ -41,7 +43,7 @@ def sample(config: SampleConfig) -> list[Path]:
     output = Path(config.output) if config.output is not None else directory
     require_writable(output)
     rows = {"plane": math.isqrt(len(images)), "interpolations": _STEPS}
-    columns = rows.get(config.picture, min(len(images), 20))
+    columns = rows.get(config.picture, min(len(images), _ROW))
     if config.picture == "samples":
         columns = math.ceil(math.sqrt(len(images)))
     grid = make_grid(square(images)[:, None], nrow=columns, padding=2, pad_value=128)
@@ -57,7 +59,7 @@ def load_decoder(directory: Path) -> Decoder:
     """The decoder of a finished run, with the codes of its images.
 
     Raises:
-        InputError: there is no finished run, or its checkpoint or data are not those it was made of.
+        InputError: there is no finished run, or its checkpoint or data are others.
     """
     try:
         record = read_record(directory / RECORD)
@@ -87,10 +89,12 @@ def _draw(config: SampleConfig, decoder: Decoder) -> tuple[str, Tensor, dict[str
         pairs = max(1, config.n // _STEPS)
         return "interpolations", decoder.interpolations(pairs, _STEPS), {}
     if config.picture == "reconstructions":
-        # Rows of twenty: originals, and under them what comes back.
+        # Row by row: originals, and under them what comes back.
         blocks = [
             part
-            for pair in zip(*(half.split(20) for half in decoder.reconstructions(config.n)), strict=True)
+            for pair in zip(
+                *(half.split(20) for half in decoder.reconstructions(config.n)), strict=True
+            )
             for part in pair
         ]
         return "reconstructions", torch.cat(blocks), {}
