@@ -260,7 +260,7 @@ def _matmul_precision(precision: str) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(
-    ensemble: Ensemble, images: Tensor, seeds: Sequence[int], batch_size: int = 4096
+    ensemble: Ensemble, images: Tensor, seeds: Sequence[int], batch_size: int = 1024
 ) -> list[dict[str, float]]:
     """The held-out columns of the history of every member, for images (M, pixels) uint8.
 
