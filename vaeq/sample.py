@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png
-from torchvision.utils import make_grid
 
 from vaeq.checkpoint import load_checkpoint
 from vaeq.config import SampleConfig, config_hash, run_config
@@ -46,13 +45,24 @@ def sample(config: SampleConfig) -> list[Path]:
     columns = rows.get(config.picture, min(len(images), _ROW))
     if config.picture == "samples":
         columns = math.ceil(math.sqrt(len(images)))
-    grid = make_grid(square(images)[:, None], nrow=columns, padding=2, pad_value=128)
-    packed = io.BytesIO()
+    shown, packed = io.BytesIO(), io.BytesIO()
+    Image.fromarray(contact_sheet(square(images).numpy(), columns)).save(shown, "PNG")
     np.savez_compressed(packed, allow_pickle=False, images=square(images).numpy(), **codes)
     paths = [output / f"{name}.png", output / f"{name}.npz"]
-    write_atomic(paths[0], encode_png(grid[:1]).numpy().tobytes())
-    write_atomic(paths[1], packed.getvalue())
+    for path, content in zip(paths, (shown, packed), strict=True):
+        write_atomic(path, content.getvalue())
     return paths
+
+
+def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images (n, height, width) in rows of so many, in a grey frame two pixels wide."""
+    n, height, width = images.shape
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2), 128, np.uint8)
+    for i, image in enumerate(images):
+        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
 
 
 def load_decoder(directory: Path) -> Decoder:
