@@ -215,7 +215,7 @@ def record_of(config: dict[str, Any], estimates: dict[str, dict]) -> dict[str, A
     dim = config["latent_dim"]
     mean = estimates.get("dimension_kl_mean", {}).get("value") or 0.01
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "state": "complete",
         "config": config,
         "config_hash": f"{abs(hash(json.dumps(config))):064x}",

@@ -71,6 +71,8 @@ def test_the_hash_knows_every_setting_that_changes_the_science() -> None:
         "precision": "bf16",
         "data": DataConfig(binarize="static"),
         "measure": replace(config.measure, n_samples=3),
+        "generation": replace(config.generation, quality=False),
+        "model": "ppca",
     }
     same: dict[str, Any] = {
         "device": "cpu",

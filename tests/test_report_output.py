@@ -130,11 +130,11 @@ def test_counts_and_names_of_runs_that_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "late").mkdir()
     write_status(tmp_path / "late", "running", 3)
     failure = {"type": "TrainingDiverged", "message": "the loss is not finite"}
-    record = {"schema_version": 1, "state": "failed", "config": config_of(4, 0), "config_hash": ""}
+    record = {"schema_version": 2, "state": "failed", "config": config_of(4, 0), "config_hash": ""}
     write_json(tmp_path / "nan" / "record.json", record | {"failure": failure})
     write_status(tmp_path / "nan", "failed", 2)
     (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "record.json").write_text('{"schema_version": 1,')
+    (tmp_path / "torn" / "record.json").write_text('{"schema_version": 2,')
     text, result = report(tmp_path)
     assert text.startswith("6 runs: 3 complete, 1 failed, 1 unfinished, 1 unreadable\n")
     flat = " ".join(text.split())

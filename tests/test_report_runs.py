@@ -123,7 +123,7 @@ def test_another_schema_version_is_left_out_by_name(tmp_path: Path) -> None:
 def test_failed_and_unfinished_runs_say_what_happened_and_when(tmp_path: Path) -> None:
     failed = tmp_path / "a"
     failure = {"type": "TrainingDiverged", "message": "the loss is\nnot finite"}
-    record = {"schema_version": 1, "state": "failed", "config": config_of(2, 0), "config_hash": ""}
+    record = {"schema_version": 2, "state": "failed", "config": config_of(2, 0), "config_hash": ""}
     write_json(failed / "record.json", record | {"failure": failure})
     write_status(failed, "failed", 3)
     (tmp_path / "b").mkdir()
@@ -149,7 +149,7 @@ def test_failed_and_unfinished_runs_say_what_happened_and_when(tmp_path: Path) -
 
 
 def test_a_failed_record_without_details(tmp_path: Path) -> None:
-    record = {"schema_version": 1, "state": "failed", "config": {"epochs": 9}, "config_hash": ""}
+    record = {"schema_version": 2, "state": "failed", "config": {"epochs": 9}, "config_hash": ""}
     write_json(tmp_path / "x" / "record.json", record | {"history": {"epoch": [1, 2]}})
     _, excluded = read_runs([tmp_path])
     assert excluded[0].reason == "epoch 2 of 9, no failure recorded"
