@@ -22,6 +22,7 @@ lint: $(READY) ## check formatting, style and types
 	$(BIN)/mypy
 
 bench: $(READY) ## measure speed and memory, as ratios against baselines
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python -m tests.benchmarks
 
 clean: ## remove the environment and the caches; outputs stay

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import math
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,6 +22,7 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks.harness import REPEATS, main, say, seconds, summary, three
 from vaeq.divergence import bracket, marginal_kl, marginals
 from vaeq.divergence.reverse import reverse_marginal_kl
 from vaeq.divergence.two_sample import REPEATS as REPEATS_OF_PAIRS
@@ -33,8 +32,6 @@ from vaeq.posterior import AggregatedPosterior
 
 DRAWS, IMAGES = 10_000, 60_000
 DIMS = (2, 8, 32, 128)
-REPEATS = 5
-OUTPUT = Path("outputs/bench/divergence.json")
 
 
 def codes(n: int, dims: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,17 +46,6 @@ def codes(n: int, dims: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]
     return mean, 2 * std.log()
 
 
-def seconds(run: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    """Wall-clock seconds of each repeat, after one that is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return times
-
-
 def in_turn(runs: dict[str, tuple[Callable[[], object], float]]) -> dict[str, list[float]]:
     """Scaled seconds of each run, one after another in every repeat, as machines have moods."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -70,10 +56,6 @@ def in_turn(runs: dict[str, tuple[Callable[[], object], float]]) -> dict[str, li
             if repeat:  # the first is not counted
                 times[name].append(scale * (time.perf_counter() - start))
     return times
-
-
-def summary(times: list[float]) -> dict[str, float]:
-    return {"min": min(times), "median": statistics.median(times), "max": max(times)}
 
 
 def broadcast(z: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -404,36 +386,8 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 }
 
 
-def three(times: dict[str, float]) -> str:
-    return " / ".join(f"{times[name]:.3g}" for name in ("min", "median", "max"))
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def main(names: list[str] | None = None) -> None:
-    machine = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
-    say(", ".join(f"{name} {value}" for name, value in machine.items()) + "\n")
-    results: dict[str, Any] = {"machine": machine}
-    for name in names or list(BENCHMARKS):
-        results[name] = BENCHMARKS[name]()
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    if OUTPUT.exists():  # what is not measured anew is kept
-        results = json.loads(OUTPUT.read_text()) | results
-    OUTPUT.write_text(json.dumps(results, indent=2) + "\n")
-    say(f"written to {OUTPUT}")
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
         report_peak(*(int(value) for value in sys.argv[2:5]))
     else:
-        main(sys.argv[1:])
+        main("divergence", BENCHMARKS, sys.argv[1:])

@@ -15,14 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from tests.benchmarks import textbook
-from tests.benchmarks.bench_divergence import say, summary, three
+from tests.benchmarks.harness import REPEATS, main, say, summary, three
 from vaeq.config import DataConfig, MeasureConfig, RunConfig
 from vaeq.data import load_images
 from vaeq.divergence import marginal_kl
@@ -36,8 +35,6 @@ from vaeq.posterior import AggregatedPosterior
 from vaeq.sweep import SweepResult
 from vaeq.train import State, fit, fit_together, train_epoch
 
-REPEATS = 5
-OUTPUT = Path("outputs/bench/training.json")
 TEXTBOOK = RunConfig(
     latent_dim=20, encoder_depth=1, encoder_width=400, decoder_depth=1, decoder_width=400
 )
@@ -324,3 +321,8 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "ensemble": bench_ensemble,
     "precision": bench_precision,
 }
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    main("training", BENCHMARKS, sys.argv[1:])
