@@ -63,7 +63,7 @@ def sample_quality(
 ) -> dict[str, Estimate]:
     """Samples of each source against held-out images; training images against them as the floor.
 
-    All sets are equally large: n, or as many as there are training or held-out images; for
+    All sets are chosen at random and equally large: n, or as many as there are training or held-out images; for
     precision and recall the first 2,500 of them. The Fréchet distance is biased upward by the
     finite n, precision and recall by it, too: at equal n the bias is about the floor's, so read
     differences, and values against ``fid_train``. (The classifier has seen the training images,
@@ -115,17 +115,17 @@ def sample_quality(
         )
     if count < neighbours + 2:
         return missing_quality(names, f"needs {neighbours + 2} images, got {count}")
-    reference = _Reference(*classifier(held_out_images[:count]), neighbours)
+    # Not the first of them: the halves of MNIST's test images were written by different people.
+    held_out_images = held_out_images[_some(len(held_out_images), count, held_out_images, generator)]
+    reference = _Reference(*classifier(held_out_images), neighbours)
     draws: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeats):
         for name, sampler in sources.items():
             z = sampler(count, generator)
             parts = [classifier(_decoded(decode, part)) for part in z.split(2048)]
             draws[name].append(reference.compare(*_joined(parts)))
-        order = torch.randperm(len(train_images), generator=generator, device=generator.device)[
-            :count
-        ]
-        draws[FLOOR].append(reference.compare(*classifier(train_images[order.to(z.device)])))
+        chosen = _some(len(train_images), count, train_images, generator)
+        draws[FLOOR].append(reference.compare(*classifier(train_images[chosen])))
     found = {
         f"{measure}_{name}": _mean([row[measure] for row in rows], _UNITS.get(measure, "1"))
         for name, rows in draws.items()
@@ -157,6 +157,12 @@ def _mean(values: list[float], unit: str) -> Estimate:
     if not bool(table.isfinite().all()):
         return Estimate.missing(unit, "not finite: images or features are not, or a class is empty")
     return Estimate(float(table.mean()), float(table.std()) / math.sqrt(len(values)), unit)
+
+
+def _some(n: int, count: int, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices of so many of n images, at random."""
+    order = torch.randperm(n, generator=generator, device=generator.device)
+    return order[:count].to(images.device)
 
 
 @torch.no_grad()
