@@ -344,3 +344,14 @@ def test_projections_are_named_as_a_confound_with_their_null(tmp_path: Path) -> 
     notes = notes_of(dimensions_of(tmp_path))
     assert "sliced_w2 goes from 0.320 at latent_dim=2 to 0.133 at 32" in notes
     assert "from 0.100 to 0.0531" in notes
+
+
+def test_probabilistic_pca_is_in_the_tables_and_in_no_comparison(tmp_path: Path) -> None:
+    sweep(tmp_path / "vae", RISING, seeds=(0, 1, 2), model="mlp")
+    alone = dimensions_of(tmp_path)
+    sweep(tmp_path / "ppca", FALLING, seeds=(0, 1, 2), model="ppca")
+    both = dimensions_of(tmp_path)
+    assert both.outcomes == alone.outcomes
+    assert "9 runs of model=ppca: in the tables for reference" in notes_of(both)
+    assert "ppca" not in notes_of(alone)
+    assert {run.settings["model"] for run in read_runs([tmp_path])[0]} == {"mlp", "ppca"}

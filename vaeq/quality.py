@@ -63,12 +63,12 @@ def sample_quality(
 ) -> dict[str, Estimate]:
     """Samples of each source against held-out images; training images against them as the floor.
 
-    All sets are chosen at random and equally large: n, or as many as there are training or held-out images; for
-    precision and recall the first 2,500 of them. The Fréchet distance is biased upward by the
-    finite n, precision and recall by it, too: at equal n the bias is about the floor's, so read
-    differences, and values against ``fid_train``. (The classifier has seen the training images,
-    which the floor of entropy and no_digit shows.) The features are not normalised: a Fréchet
-    distance has the scale of this classifier, and compares with others of the same file alone.
+    All sets are chosen at random and equally large: n, or as many as there are training or held-out
+    images; for precision and recall the first 2,500 of them. The Fréchet distance is biased upward
+    by the finite n, precision and recall by it, too: at equal n the bias is about the floor's, so
+    read differences, and values against ``fid_train``. (The classifier has seen the training
+    images, which the floor of entropy and no_digit shows.) The features are not normalised: a
+    Fréchet distance has the scale of this classifier, and compares with others of the same file alone.
 
     Args:
         decode: codes (B, D) → Bernoulli logits (B, pixels).
@@ -116,7 +116,9 @@ def sample_quality(
     if count < neighbours + 2:
         return missing_quality(names, f"needs {neighbours + 2} images, got {count}")
     # Not the first of them: the halves of MNIST's test images were written by different people.
-    held_out_images = held_out_images[_some(len(held_out_images), count, held_out_images, generator)]
+    held_out_images = held_out_images[
+        _some(len(held_out_images), count, held_out_images, generator)
+    ]
     reference = _Reference(*classifier(held_out_images), neighbours)
     draws: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeats):

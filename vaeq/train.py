@@ -189,17 +189,24 @@ def train_epoch(
             noise[e, :, : shape[1]] = torch.randn(shape, generator=generator, device=device)
             if images.binarize == "dynamic":
                 x[e] = bernoulli_draw(x[e], generator)
-        batches = zip(x.split(batch_size, 1), noise.split(batch_size, 1), strict=True)
-        for i, (x_batch, noise_batch) in enumerate(batches, (epoch - 1) * steps + block):
+        first = (epoch - 1) * steps + block
+        weights = _kl_weights(recipes, steps, range(first, first + _BLOCK)).to(device)
+        parts = (x.split(batch_size, 1), noise.split(batch_size, 1), weights)
+        for i, batch in enumerate(zip(*parts, strict=False), first):
             if recipes[0].schedule == "cosine":
                 total = recipes[0].epochs * steps
                 ensemble.scale_learning_rates(0.5 * (1 + math.cos(math.pi * i / total)))
-            weights = [
-                r.beta * min(1, (i + 1) / max(1, r.kl_warmup_epochs * steps)) for r in recipes
-            ]
-            kl_weight = torch.tensor(weights, device=device).view(-1, 1, 1)
-            step(x_batch, noise_batch, kl_weight)
+            step(*batch)
         on_images(epoch, min((block + _BLOCK) * batch_size, n))
+
+
+def _kl_weights(recipes: Sequence[Recipe], steps: int, block: range) -> Tensor:
+    """w of every step of a block and every member, (steps, E, 1, 1)."""
+    rows = [
+        [r.beta * min(1.0, (i + 1) / max(1, r.kl_warmup_epochs * steps)) for r in recipes]
+        for i in block
+    ]
+    return torch.tensor(rows)[:, :, None, None]
 
 
 def _history_rows(

@@ -9,6 +9,7 @@ from vaeq.report.confounds import (
     block_notes,
     collapse_notes,
     projection_notes,
+    reference_notes,
     saturated_where,
     saturation_notes,
 )
@@ -88,6 +89,7 @@ def _factor(runs: Sequence[Run], factor: str) -> FactorVerdict | None:
         *collapse_notes(factor, levels, complete, outcomes),
         *projection_notes(factor, levels, complete),
         *ordering_notes(factor, orderings),
+        *reference_notes(runs),
     )
     return FactorVerdict(
         factor, levels, len(complete), seeds, outcomes, strata, orderings, where, notes

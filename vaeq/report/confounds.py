@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from vaeq.report.outcomes import SATURATED_ABOVE, Block, Outcome, is_saturated
-from vaeq.report.runs import Scalar
+from vaeq.report.outcomes import SATURATED_ABOVE, Block, Outcome, is_reference, is_saturated
+from vaeq.report.runs import Run, Scalar
 from vaeq.report.table import setting_text
 from vaeq.report.trend import ALPHA, PAIRED_T, SIGNS, STEPS, smallest_rank_p
 from vaeq.report.words import number
@@ -69,6 +69,18 @@ def block_notes(
     elif stepwise:
         notes.append("The error of a step is Monte Carlo only; all blocks must agree on its sign.")
     return notes
+
+
+def reference_notes(runs: Sequence[Run]) -> list[str]:
+    """What runs of another kind of model do in the tables."""
+    count = sum(is_reference(run) for run in runs)
+    if not count:
+        return []
+    return [
+        f"{count} run{'s' if count > 1 else ''} of model=ppca: in the tables for reference, in no "
+        "comparison. Its elbo and log_likelihood are densities of grey levels, not to be compared "
+        "with a VAE's."
+    ]
 
 
 def saturated_where(factor: str, levels: Sequence[Scalar], blocks: Sequence[Block]) -> str:

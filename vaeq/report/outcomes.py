@@ -84,11 +84,19 @@ def _probability(name: str, value: float) -> str:
     return name + ("<0.001" if value < 1e-3 else f"={value:.2g}")
 
 
+def is_reference(run: Run) -> bool:
+    """Is this a model without an encoder of its own to judge?"""
+    return run.settings.get("model") == "ppca"
+
+
 def blocks_of(runs: Sequence[Run], factor: str) -> list[Block]:
-    """Runs that differ in the factor alone, as one mapping level → run for each block."""
+    """Runs that differ in the factor alone, as one mapping level → run for each block.
+
+    The claims are about VAEs: probabilistic PCA stands beside them for reference.
+    """
     blocks: dict[tuple[object, ...], dict[Scalar, Run]] = {}
     for run in runs:
-        if factor in run.settings:
+        if factor in run.settings and not is_reference(run):
             rest = sorted((k, v) for k, v in run.settings.items() if k != factor)
             blocks.setdefault((*rest, run.seed), {})[run.settings[factor]] = run
     return [block for block in blocks.values() if len(block) > 1]
