@@ -68,7 +68,8 @@ def sample_quality(
     by the finite n, precision and recall by it, too: at equal n the bias is about the floor's, so
     read differences, and values against ``fid_train``. (The classifier has seen the training
     images, which the floor of entropy and no_digit shows.) The features are not normalised: a
-    Fréchet distance has the scale of this classifier, and compares with others of the same file alone.
+    Fréchet distance has the scale of this classifier, and compares with others of the same file
+    alone.
 
     Args:
         decode: codes (B, D) → Bernoulli logits (B, pixels).
