@@ -134,7 +134,7 @@ def test_help_lists_every_setting_with_its_range(vaeq: Run) -> None:
 
 def test_cfg_job_prints_the_composed_settings(vaeq: Run, tmp_path: Path) -> None:
     words = vaeq("sweep", "experiment=finding", "--cfg", "job", check=True).stdout
-    assert "epochs: 20\n" in words
+    assert "panel: full\n" in words
     assert "experiment: finding\n" in words
     words = vaeq("train", "experiment=cross_validated", "--cfg", "job", check=True).stdout
     for line in ("activation: softplus", "batch_size: 100", "epochs: 75", "encoder_width: 500"):
@@ -147,7 +147,7 @@ def test_completion_knows_commands_settings_and_presets(vaeq: Run) -> None:
         done = vaeq("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)), check=True)
         return done.stdout.split()
 
-    assert complete("vaeq ") == ["train", "sweep", "report", "measure"]
+    assert complete("vaeq ") == ["train", "sweep", "report", "measure", "sample"]
     assert complete("vaeq sw") == ["sweep"]
     assert complete("vaeq train laten") == ["latent_dim="]
     assert "experiment=finding" in complete("vaeq sweep experiment=")

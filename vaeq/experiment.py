@@ -162,9 +162,6 @@ def run_ensemble(
         The record of each, or why it has none.
     """
     torch.set_num_threads(threads)
-    # Adam's moments of pixels that are seldom lit decay into denormals, which cost 100 cycles each.
-    # Threads inherit this from the one that starts them, so it stays as it is.
-    torch.set_flush_denormal(True)
     endings: list[RunRecord | Exception | None] = [None] * len(configs)
     with ExitStack() as locks:
         runs: dict[int, _Run] = {}
@@ -299,6 +296,8 @@ def _train(runs: Sequence[_Run]) -> list[Exception | None]:
     for run in runs:
         write_status(run.directory, "running", run.first, run.config.epochs)
         run.tell("start", run.first)
+    # Adam's moments of pixels that are seldom lit decay into denormals, which cost 100 cycles each.
+    torch.set_flush_denormal(True)
     try:
         fit_together(
             [run.state for run in runs],
@@ -315,6 +314,8 @@ def _train(runs: Sequence[_Run]) -> list[Exception | None]:
         for keeper in keepers:
             keeper.write()
         raise
+    finally:
+        torch.set_flush_denormal(False)
     for keeper, failure in zip(keepers, failures, strict=True):
         keeper.write(final=failure is None)
     return failures
