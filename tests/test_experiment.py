@@ -193,3 +193,15 @@ def test_binarized_images(tiny: RunConfig, binarize: str) -> None:
     config = replace(tiny, data=replace(tiny.data, binarize=binarize))
     record, _ = events_of(config)
     assert record.estimates["elbo"]["value"] < 0
+
+
+def test_no_log_variance_of_ours_is_taken_for_a_variance(tiny: RunConfig) -> None:
+    # One step: logvar is positive everywhere, and the tests turn warnings into errors.
+    config = replace(tiny, epochs=1, batch_size=600, initialization="he_glorot", seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        real = experiment.measure
+        positive = lambda mean, logvar, *rest, **more: real(  # noqa: E731
+            mean, logvar.abs() + 0.5, *rest, **more
+        )
+        patch.setattr(experiment, "measure", positive)
+        assert run(config, lambda event: None, threads=1).state == "complete"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +19,7 @@ from safetensors.torch import save
 
 from vaeq import __version__
 from vaeq.checkpoint import FILE, load_checkpoint, save_checkpoint
+from vaeq.codes import CodesWarning
 from vaeq.config import DataConfig, RunConfig, config_hash, run_name
 from vaeq.data import Images, load_images
 from vaeq.elbo import held_out_elbo
@@ -433,16 +435,19 @@ def _record(
     """Measure the codes, keep some of them for the pictures, and put everything together."""
     config, images = run.config, run.images
     mean, logvar = codes
-    found = measure(
-        mean,
-        logvar,
-        *test_codes,
-        images.train_labels,
-        n_samples=config.measure.n_samples,
-        seed=derive_seed(config.seed, "codes"),
-        panel=config.measure.panel,
-        flow=config.measure.flow,
-    ).to_dict()
+    with warnings.catch_warnings():
+        # These are log variances, however a young encoder's may look.
+        warnings.simplefilter("ignore", CodesWarning)
+        found = measure(
+            mean,
+            logvar,
+            *test_codes,
+            images.train_labels,
+            n_samples=config.measure.n_samples,
+            seed=derive_seed(config.seed, "codes"),
+            panel=config.measure.panel,
+            flow=config.measure.flow,
+        ).to_dict()
     kept = slice(_KEPT_SAMPLES)
     noise = torch.randn(mean[kept].shape, generator=generator, device=mean.device)
     z = (mean[kept] + torch.exp(0.5 * logvar[kept]) * noise).float()
