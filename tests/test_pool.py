@@ -159,6 +159,8 @@ def test_a_stopped_sweep_leaves_no_worker_behind(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A job in the background of a shell inherits that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     folder = tmp_path / "outputs" / "smoke"
     wait_for(sweep, folder, "*/history.csv")
