@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.test_train import fresh
 from vaeq import experiment
 from vaeq.config import RunConfig
 from vaeq.data import Images
@@ -136,21 +137,7 @@ def test_every_member_has_its_own_learning_rate() -> None:
 
 
 def states(latent_dims: list[int]) -> list[State]:
-    return [
-        State(
-            VAE(
-                784,
-                d,
-                encoder_depth=1,
-                encoder_width=24,
-                decoder_depth=1,
-                decoder_width=24,
-                activation="relu",
-                generator=torch.Generator().manual_seed(seed),
-            )
-        )
-        for seed, d in enumerate(latent_dims)
-    ]
+    return [fresh(seed, latent_dim) for seed, latent_dim in enumerate(latent_dims)]
 
 
 def refuse(member: int, error: TrainingDiverged) -> None:

@@ -20,10 +20,10 @@ from vaeq.seeds import derive_seed
 from vaeq.train import HISTORY_COLUMNS, Recipe, State, evaluate, fit, train_epoch
 
 
-def fresh(seed: int = 0) -> State:
+def fresh(seed: int = 0, latent_dim: int = 3) -> State:
     vae = VAE(
         784,
-        3,
+        latent_dim,
         encoder_depth=1,
         encoder_width=24,
         decoder_depth=1,

@@ -115,7 +115,6 @@ class Ensemble:
         self.latent_dims = [vae.latent_dim for vae in vaes]
         self.widest = max(self.latent_dims)
         self.device = next(first.parameters()).device
-        self.precision = precision
         self._activation = ACTIVATIONS[first.activation]()
         self._derivative = _DERIVATIVES[first.activation]
         self._head = f"encoder.{len(first.encoder) - 1}."
@@ -246,8 +245,8 @@ class Ensemble:
         share = 1 / x.shape[1]
         encoded, head = self._forward(self._encoder, x.to(self._low.dtype))
         mean, logvar = head.float().chunk(2, dim=2)
-        half_step = torch.exp(0.5 * logvar).mul_(noise)
-        decoded, low_logits = self._forward(self._decoder, (mean + half_step).to(self._low.dtype))
+        deviation = torch.exp(0.5 * logvar).mul_(noise)
+        decoded, low_logits = self._forward(self._decoder, (mean + deviation).to(self._low.dtype))
         logits = low_logits.float()
         self.totals[0] += reconstruction(logits, x).sum(1)
         self.totals[1] += gaussian_kl(mean, logvar).sum(1)
@@ -258,7 +257,7 @@ class Ensemble:
         grad_z = grad_z.float()
         weight = kl_weight * share
         grad_mean = torch.addcmul(grad_z, mean, weight)
-        grad_logvar = grad_z.mul_(half_step).addcmul_(torch.expm1(logvar), weight).mul_(0.5)
+        grad_logvar = grad_z.mul_(deviation).addcmul_(torch.expm1(logvar), weight).mul_(0.5)
         grad = torch.cat([grad_mean, grad_logvar], 2).to(self._low.dtype)
         self._backward(self._encoder, encoded, grad, to_input=False)
 

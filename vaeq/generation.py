@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Decoder:
     test_codes: Codes
     images: Images
 
-    @property
+    @cached_property
     def posterior(self) -> AggregatedPosterior:
         """q_N of the training images."""
         return AggregatedPosterior(*self.codes)

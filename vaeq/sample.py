@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,8 @@ def sample(config: SampleConfig) -> list[Path]:
         columns = math.ceil(math.sqrt(len(images)))
     shown, packed = io.BytesIO(), io.BytesIO()
     Image.fromarray(contact_sheet(square(images).numpy(), columns)).save(shown, "PNG")
-    np.savez_compressed(packed, allow_pickle=False, images=square(images).numpy(), **codes)
+    arrays: dict[str, Any] = {"images": square(images).numpy(), **codes}
+    np.savez_compressed(packed, **arrays)
     paths = [output / f"{name}.png", output / f"{name}.npz"]
     for path, content in zip(paths, (shown, packed), strict=True):
         write_atomic(path, content.getvalue())
@@ -100,14 +102,9 @@ def _draw(config: SampleConfig, decoder: Decoder) -> tuple[str, Tensor, dict[str
         return "interpolations", decoder.interpolations(pairs, _STEPS), {}
     if config.picture == "reconstructions":
         # Row by row: originals, and under them what comes back.
-        blocks = [
-            part
-            for pair in zip(
-                *(half.split(20) for half in decoder.reconstructions(config.n)), strict=True
-            )
-            for part in pair
-        ]
-        return "reconstructions", torch.cat(blocks), {}
+        halves = (half.split(_ROW) for half in decoder.reconstructions(config.n))
+        rows = [row for pair in zip(*halves, strict=True) for row in pair]
+        return "reconstructions", torch.cat(rows), {}
     generator = torch.Generator(decoder.codes[0].device).manual_seed(
         derive_seed(config.seed, "sample", config.source)
     )
