@@ -1,0 +1,12 @@
+"""How often a test of faults repeats: seldom in ``make test``, thousands of times in ``make soak``."""
+
+from __future__ import annotations
+
+import os
+
+SOAK = os.environ.get("VAEQ_SOAK") == "1"
+
+
+def times(short: int, long: int) -> int:
+    """``short`` in the everyday run of the tests, ``long`` in the one that is left running."""
+    return long if SOAK else short
