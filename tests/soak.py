@@ -1,4 +1,4 @@
-"""How often a test of faults repeats: seldom in ``make test``, thousands of times in ``make soak``."""
+"""How often a test of faults repeats: a few times in ``make test``, many in ``make soak``."""
 
 from __future__ import annotations
 

@@ -65,6 +65,7 @@ def test_the_hash_knows_every_setting_that_changes_the_science() -> None:
         "epochs": 11,
         "batch_size": 1,
         "learning_rate": 1e-4,
+        "learning_rate_warmup_steps": 1,
         "schedule": "cosine",
         "early_stopping": 1,
         "seed": 1,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vaeq.data import MNIST_FILES, Images, bernoulli_draw, load_images
+from vaeq.data import MNIST_FILES, Images, bernoulli_draw, load_images, mean_image
 from vaeq.errors import InputError
 
 
@@ -109,3 +109,9 @@ def test_static_is_one_draw_and_dynamic_is_measured_on_it() -> None:
     # What is measured is a definite draw, the same as the static one.
     assert torch.equal(dynamic.observed("train"), first.train)
     assert torch.equal(dynamic.observed("test"), first.test)
+
+
+def test_mean_image_is_the_share_of_light_and_never_certain() -> None:
+    images = torch.tensor([[0, 255, 255, 51], [0, 255, 0, 51]], dtype=torch.uint8)
+    expected = torch.tensor([0.5, 2.5, 1.5, 0.9]) / 3
+    torch.testing.assert_close(mean_image(images), expected)

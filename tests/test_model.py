@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from vaeq.data import Images
+from vaeq.data import Images, mean_image
+from vaeq.elbo import gaussian_kl, reconstruction
 from vaeq.ensemble import encode_all
 from vaeq.model import VAE, mlp
 
@@ -85,6 +86,22 @@ def test_the_heads_start_as_two_glorot_layers() -> None:
     assert isinstance(head, nn.Linear)
     tolerance = 4 * (2 / head.weight.numel()) ** 0.5
     assert head.weight.var().item() == pytest.approx(2 / (400 + 50), rel=tolerance)
+
+
+def test_mean_image_starts_near_the_model_without_a_code(small: Images) -> None:
+    vae = build(initialization="mean_image")
+    mean = mean_image(small.train)
+    vae.start_at(mean)
+    x = small.train.float() / 255
+    noise = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(2))
+    logits, mu, logvar = vae(x, noise)
+    # Its ELBO: the log-likelihood of independent pixels of these means, some 205 nats below 0.
+    without_code = torch.logit(mean).expand_as(x)
+    expected = reconstruction(without_code, x).mean().item()
+    found = (reconstruction(logits, x) - gaussian_kl(mu, logvar)).mean().item()
+    assert found == pytest.approx(expected, rel=0.02)
+    plain, other_mu, other_logvar = build()(x, noise)
+    assert (reconstruction(plain, x) - gaussian_kl(other_mu, other_logvar)).mean() < 2 * expected
 
 
 def test_forward_is_encode_sample_decode(small: Images) -> None:

@@ -17,7 +17,7 @@ from vaeq.errors import TrainingDiverged
 from vaeq.model import VAE
 from vaeq.posterior import AggregatedPosterior
 from vaeq.seeds import derive_seed
-from vaeq.train import HISTORY_COLUMNS, Recipe, State, evaluate, fit, train_epoch
+from vaeq.train import HISTORY_COLUMNS, Recipe, State, _rate_factor, evaluate, fit, train_epoch
 
 
 def fresh(seed: int = 0, latent_dim: int = 3) -> State:
@@ -145,6 +145,24 @@ def test_cosine_ends_with_small_steps(small: Images) -> None:
 
     # The last of four epochs has factors ½(1 + cos) of 0.15 down to 0, the first of 1 to 0.85.
     assert last_epoch_moves("cosine") < 0.25 < 0.5 < last_epoch_moves("constant")
+
+
+def test_the_learning_rate_warms_up_to_its_value(small: Images) -> None:
+    # Adam's first step moves every weight with a gradient by the rate, whatever the gradient is.
+    one = replace(small, train=small.train[:50], train_labels=small.train_labels[:50])
+    moved = {}
+    for warmup in (0, 1, 4):
+        start = fresh()
+        before = weights(start).clone()
+        state = train(one, start, epochs=1, batch_size=50, learning_rate_warmup_steps=warmup)
+        moved[warmup] = (weights(state) - before).abs().max()
+    assert moved[0] == moved[1]
+    torch.testing.assert_close(moved[4], moved[0] / 4, rtol=1e-3, atol=0)
+    # Over a whole training: cosine from the end of a warm-up of four steps.
+    recipe = Recipe(2, 50, 1e-3, 0, learning_rate_warmup_steps=4, schedule="cosine")
+    factors = [_rate_factor(recipe, i, steps=12) for i in range(24)]
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 24)) for i in range(24)]
+    assert factors == [c * min(1, (i + 1) / 4) for i, c in enumerate(cosine)]
 
 
 def test_early_stopping_keeps_the_best_weights(small: Images) -> None:

@@ -208,14 +208,18 @@ class RunConfig:
     )
     initialization: str = key(
         "he_glorot",
-        "He before a rectifier, else Glorot; or the uniform default of torch.nn.Linear",
-        choices=("he_glorot", "torch"),
+        "he_glorot: He before a rectifier, else Glorot; mean_image: the same with small last "
+        "layers and the decoder's bias at the mean image; torch: the default of torch.nn.Linear",
+        choices=("he_glorot", "mean_image", "torch"),
     )
     beta: float = key(1.0, "weight of the KL term in the training loss", low=0, high=1e6)
     kl_warmup_epochs: int = key(0, "epochs over which the KL weight rises to beta", low=0)
     epochs: int = key(10, "passes over the training images", unit="epochs", low=1, high=1_000_000)
     batch_size: int = key(128, "images in a gradient step", unit="images", low=1, high=1_000_000)
     learning_rate: float = key(1e-3, "step size of Adam", above=0, high=10)
+    learning_rate_warmup_steps: int = key(
+        0, "gradient steps over which the learning rate rises to its value", unit="steps", low=0
+    )
     schedule: str = key("constant", "learning rate over the epochs", choices=("constant", "cosine"))
     early_stopping: int | None = key(
         None, "stop after so many epochs without a better held-out ELBO; null: never", low=1

@@ -83,6 +83,15 @@ def bernoulli_draw(images: Tensor, generator: torch.Generator) -> Tensor:
     return result
 
 
+def mean_image(images: Tensor) -> Tensor:
+    """Each pixel's chance to be lit, (pixels,) float32 inside (0, 1), from (N, pixels) uint8.
+
+    (Σ x + ½) / (N + 1), the estimate of Krichevsky and Trofimov (1981): no pixel is ever certain.
+    """
+    lit = images.sum(0, dtype=torch.float64) / 255
+    return ((lit + 0.5) / (len(images) + 1)).float()
+
+
 def load_images(
     name: str = "mnist",
     *,

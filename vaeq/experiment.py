@@ -21,7 +21,7 @@ from vaeq import __version__
 from vaeq.checkpoint import FILE, load_checkpoint, save_checkpoint
 from vaeq.codes import CodesWarning
 from vaeq.config import DataConfig, RunConfig, config_hash, run_name
-from vaeq.data import Images, load_images
+from vaeq.data import Images, load_images, mean_image
 from vaeq.elbo import held_out_elbo
 from vaeq.ensemble import encode_all
 from vaeq.errors import InputError, VaeqError
@@ -77,10 +77,10 @@ def prepare(config: RunConfig) -> tuple[str, Images]:
     return precision, _images(config.data, device)
 
 
-def build(config: RunConfig, pixels: int, device: torch.device) -> State:
-    """A model with its initial weights, untrained."""
+def build(config: RunConfig, images: Images) -> State:
+    """A model with its initial weights, untrained, on the device of the images."""
     vae = VAE(
-        pixels,
+        images.pixels,
         config.latent_dim,
         encoder_depth=config.encoder_depth,
         encoder_width=config.encoder_width,
@@ -90,7 +90,9 @@ def build(config: RunConfig, pixels: int, device: torch.device) -> State:
         initialization=config.initialization,
         generator=torch.Generator().manual_seed(derive_seed(config.seed, "weights")),
     )
-    return State(vae.to(device))
+    if config.initialization == "mean_image":
+        vae.start_at(mean_image(images.train))
+    return State(vae.to(images.train.device))
 
 
 def recipe(config: RunConfig) -> Recipe:
@@ -157,8 +159,8 @@ def run_ensemble(
     that fails is recorded, and the others go on.
 
     Args:
-        configs: of one network but for latent_dim, and one data, batch_size, epochs, schedule,
-            precision and device; see ``vaeq.sweep.ensembles``.
+        configs: of one network but for latent_dim, and one data, batch_size, epochs, warm-up of
+            the learning rate, schedule, precision and device; see ``vaeq.sweep.ensembles``.
 
     Returns:
         The record of each, or why it has none.
@@ -237,12 +239,12 @@ def _provenance(images: Images, precision: str, threads: int) -> dict[str, Any]:
 
 def _resume(config: RunConfig, directory: Path, images: Images, notify: Notify) -> State:
     """The state at the last epoch on disk, or at the beginning."""
-    state = build(config, images.pixels, images.train.device)
+    state = build(config, images)
     try:
         load_checkpoint(directory, state, config_hash(config))
     except InputError as error:
         notify(Event("note", run_name(config), message=f"{error} Training afresh."))
-        return build(config, images.pixels, images.train.device)
+        return build(config, images)
     return state
 
 

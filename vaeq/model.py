@@ -25,6 +25,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 # Units that keep only half of the signal want He's variance 2/fan_in (He et al. 2015, eq. 10); the
 # others Glorot's 2/(fan_in + fan_out) (Glorot and Bengio 2010, eq. 12).
 _RECTIFIERS = ("relu", "leaky_relu", "elu", "gelu", "silu")
+# What ``mean_image`` leaves of the last layers' weights.
+_SMALL = 0.1
 
 
 def mlp(
@@ -35,9 +37,10 @@ def mlp(
 ) -> nn.Sequential:
     """Linear layers of the given sizes with the activation between them, none after the last.
 
-    ``initialization`` is ``he_glorot`` (He before a rectifier, else Glorot; biases 0) or ``torch``,
-    the default of torch.nn.Linear: weights and biases uniform within ±1/√fan_in, a sixth of He's
-    variance. It is no detail: with many latent dimensions it decides how many of them collapse.
+    ``initialization`` is ``he_glorot`` or ``mean_image`` (He before a rectifier, else Glorot;
+    biases 0; the model adds to the second, see :meth:`VAE.start_at`) or ``torch``, the default of
+    torch.nn.Linear: weights and biases uniform within ±1/√fan_in, a sixth of He's variance. It is
+    no detail: with many latent dimensions it decides how many of them collapse.
     """
     layers: list[nn.Module] = []
     last = len(sizes) - 2
@@ -68,7 +71,7 @@ class VAE(nn.Module):
         encoder_depth, encoder_width: hidden layers and their units; depth 0 is a linear map.
         decoder_depth, decoder_width: likewise.
         activation: a name of ``ACTIVATIONS``.
-        initialization: ``he_glorot`` or ``torch``, see :func:`mlp`.
+        initialization: ``he_glorot``, ``mean_image`` or ``torch``, see :func:`mlp`.
         generator: source of the initial weights.
     """
 
@@ -92,12 +95,25 @@ class VAE(nn.Module):
         # Glorot's rule sees each head by itself, so their fan_out is D, as two layers would have.
         sizes = [pixels, *[encoder_width] * encoder_depth]
         self.encoder = mlp([*sizes, 2 * latent_dim], activation, generator, initialization)
-        if initialization == "he_glorot":
+        if initialization != "torch":
             head = self.encoder[-1].get_parameter("weight")
             with torch.no_grad():
                 head.mul_(math.sqrt((sizes[-1] + 2 * latent_dim) / (sizes[-1] + latent_dim)))
         sizes = [latent_dim, *[decoder_width] * decoder_depth]
         self.decoder = mlp([*sizes, pixels], activation, generator, initialization)
+
+    @torch.no_grad()
+    def start_at(self, mean_image: Tensor) -> None:
+        """Begin near the model without a code: p(x|z) at the mean image, q(z|x) at the prior.
+
+        The decoder's last bias becomes the log odds of ``mean_image`` (pixels,) in (0, 1), which
+        Adam's bounded steps take an epoch to find, and the last layers of both networks shrink, so
+        that the first steps neither fight random images nor collapse dimensions for their KL.
+        """
+        decoder_last, encoder_last = self.decoder[-1], self.encoder[-1]
+        decoder_last.get_parameter("bias").copy_(torch.logit(mean_image))
+        decoder_last.get_parameter("weight").mul_(_SMALL)
+        encoder_last.get_parameter("weight").mul_(_SMALL)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z|x), each (B, D), for images (B, pixels) in [0, 1]."""

@@ -85,7 +85,7 @@ def load_decoder(directory: Path) -> Decoder:
     _, images = prepare(config)
     if images.md5 != record.provenance["data"]["md5"]:
         raise InputError(f"data={config.data.name} is not what {directory} was trained on.")
-    state = build(config, images.pixels, images.train.device)
+    state = build(config, images)
     load_checkpoint(directory, state, config_hash(config))
     if state.epoch == 0:
         raise InputError(f"{directory} has no checkpoint.safetensors; train it again.")

@@ -72,6 +72,7 @@ class Recipe:
     seed: int
     beta: float = 1.0
     kl_warmup_epochs: int = 0
+    learning_rate_warmup_steps: int = 0
     schedule: str = "constant"
     early_stopping: int | None = None
 
@@ -124,7 +125,8 @@ def fit_together(
     Args:
         states: at the same epoch; models of one shape but for the latent dimension.
         images: on the device of the weights.
-        recipes: with one epochs, batch_size and schedule; the rest may differ.
+        recipes: with one epochs, batch_size, warm-up of the learning rate and schedule; the rest
+            may differ.
         precision: of the matrix products of the training step, see ``ensemble.PRECISIONS``.
         on_images: called with (epoch, images done in it) every 32 steps; nothing waits for it.
         on_epoch: called with a member's index after its every epoch; its state is up to date.
@@ -193,11 +195,17 @@ def train_epoch(
         weights = _kl_weights(recipes, steps, range(first, first + _BLOCK)).to(device)
         parts = (x.split(batch_size, 1), noise.split(batch_size, 1), weights)
         for i, batch in enumerate(zip(*parts, strict=False), first):
-            if recipes[0].schedule == "cosine":
-                total = recipes[0].epochs * steps
-                ensemble.scale_learning_rates(0.5 * (1 + math.cos(math.pi * i / total)))
+            ensemble.scale_learning_rates(_rate_factor(recipes[0], i, steps))
             step(*batch)
         on_images(epoch, min((block + _BLOCK) * batch_size, n))
+
+
+def _rate_factor(recipe: Recipe, i: int, steps: int) -> float:
+    """The learning rate of step i, counted from 0, as a part of the recipe's own."""
+    factor = min(1.0, (i + 1) / max(1, recipe.learning_rate_warmup_steps))
+    if recipe.schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * i / (recipe.epochs * steps)))
+    return factor
 
 
 def _kl_weights(recipes: Sequence[Recipe], steps: int, block: range) -> Tensor:

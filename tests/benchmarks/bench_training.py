@@ -40,8 +40,15 @@ SOME_IMAGES = 15_000
 TEXTBOOK = RunConfig(
     latent_dim=20, encoder_depth=1, encoder_width=400, decoder_depth=1, decoder_width=400
 )
-# The same model and batches; only the step sizes differ from the textbook's constant 1e-3.
-FAST = replace(TEXTBOOK, learning_rate=7e-3, schedule="cosine", epochs=6)
+# The same model and batches; the first weights and the step sizes, 1e-3 there, are our own.
+FAST_SETTINGS = {
+    "epochs": 4,
+    "learning_rate": 7e-3,
+    "learning_rate_warmup_steps": 100,
+    "schedule": "cosine",
+    "initialization": "mean_image",
+}
+FAST = replace(TEXTBOOK, **FAST_SETTINGS)
 DEEP = RunConfig(latent_dim=8)
 SHAPES: dict[str, tuple[RunConfig, list[int]]] = {
     "784-400-20": (TEXTBOOK, [400]),
@@ -54,18 +61,15 @@ def device_and_precision() -> tuple[torch.device, str]:
     return device, resolve_precision("auto", device)
 
 
-def fresh(config: RunConfig) -> State:
-    return build(config, 784, resolve_device("auto"))
-
-
 def bench_target() -> list[dict[str, Any]]:
     """Time to the ELBO the textbook example has after ten epochs."""
     device, precision = device_and_precision()
     images = load_images().to(device)
     cpu = load_images()
+    settings = " ".join(f"{name}={value}" for name, value in FAST_SETTINGS.items())
     say(
         "seconds to the held-out negative ELBO that the textbook example has after 10 epochs "
-        f"(784-400-20, batch 128); vaeq: learning_rate=7e-3 schedule=cosine epochs=6, {precision}"
+        f"(784-400-20, batch 128); vaeq: {settings}, {precision}"
     )
     say(
         f"{'seed':>4} {'textbook':>9} {'-ELBO':>8} "
@@ -78,7 +82,7 @@ def bench_target() -> list[dict[str, Any]]:
         )
         config = replace(FAST, seed=seed)
         began = time.perf_counter()
-        state = fresh(config)
+        state = build(config, images)
         reached: list[tuple[float, float, int]] = []
 
         def note(state: State, began: float = began, target: float = target) -> None:
@@ -124,7 +128,7 @@ def bench_epoch() -> list[dict[str, Any]]:
                 ),
             }
             for precision in dict.fromkeys(("fp32", best)):
-                state = fresh(config)
+                state = build(config, images)
                 ensemble = Ensemble([state.vae], [state.moments], [1e-3], precision)
                 runs[f"vaeq {precision}"] = lambda e=ensemble, c=config: timed_epoch(e, c, ours)
             if config is TEXTBOOK:
@@ -224,7 +228,7 @@ def bench_ensemble() -> list[dict[str, Any]]:
     configs = [replace(DEEP, latent_dim=d, seed=s) for d in (2, 4, 8, 16) for s in (0, 1)]
     together, alone = [], []
     for repeat in range(REPEATS + 1):
-        states = [fresh(config) for config in configs]
+        states = [build(config, images) for config in configs]
         rates = [config.learning_rate for config in configs]
         stack = Ensemble([s.vae for s in states], [s.moments for s in states], rates, precision)
         seconds = timed_epoch(stack, DEEP, images)
@@ -246,7 +250,7 @@ def bench_startup() -> list[dict[str, Any]]:
     first_step = (
         "from vaeq.config import RunConfig; from vaeq.experiment import prepare, build, recipe\n"
         "from vaeq.ensemble import Ensemble; from vaeq.train import train_epoch\n"
-        "c = RunConfig(); precision, images = prepare(c); s = build(c, 784, images.train.device)\n"
+        "c = RunConfig(); precision, images = prepare(c); s = build(c, images)\n"
         "e = Ensemble([s.vae], [s.moments], [1e-3], precision)\n"
         "class Stop(Exception): pass\n"
         "def once(*batch):\n    e.step(*batch); raise Stop\n"
@@ -283,7 +287,7 @@ def bench_precision() -> list[dict[str, Any]]:
         configs = [replace(DEEP, latent_dim=latent_dim, seed=seed) for seed in range(5)]
         found: dict[str, dict[str, list[float]]] = {}
         for precision in ("fp32", "bf16"):
-            states = [fresh(config) for config in configs]
+            states = [build(config, images) for config in configs]
             fit_together(
                 states, images, [recipe(c) for c in configs], precision=precision,
                 on_diverged=fail,
