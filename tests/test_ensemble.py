@@ -17,7 +17,7 @@ from vaeq import experiment
 from vaeq.config import RunConfig
 from vaeq.data import Images
 from vaeq.elbo import gaussian_kl, reconstruction
-from vaeq.ensemble import Ensemble, Moments, encode_all
+from vaeq.ensemble import Ensemble, Moments, _log_likelihood, encode_all
 from vaeq.errors import TrainingDiverged
 from vaeq.model import ACTIVATIONS, VAE
 from vaeq.progress import Event
@@ -76,6 +76,16 @@ def test_the_gradient_is_autograds(activation: str, depths: tuple[int, int]) -> 
     logits, mean, logvar = vae(x, noise)
     expected = torch.stack([reconstruction(logits, x).sum(), gaussian_kl(mean, logvar).sum()])
     torch.testing.assert_close(ensemble.totals[:, 0].float(), expected)
+
+
+def test_the_sum_of_the_likelihood_is_that_of_the_images() -> None:
+    """Also where sigmoid is 0 or 1 in float32; against float64, to the rounding of the sums."""
+    source = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 128, 784, generator=source) * torch.tensor([1, 20, 200])[:, None, None]
+    x = torch.rand(3, 128, 784, generator=source).round(decimals=1)
+    found = _log_likelihood(logits, torch.sigmoid(logits), x)
+    exact = reconstruction(logits.double(), x.double()).sum(1)
+    torch.testing.assert_close(found.double(), exact, rtol=3e-6, atol=0)
 
 
 @settings(deadline=None, max_examples=25)
