@@ -16,7 +16,13 @@ from torch.distributions import MultivariateNormal
 from vaeq.elbo import gaussian_kl, reconstruction
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.likelihood import ais_check, ais_log_likelihood, bernoulli, log_likelihood
+from vaeq.likelihood import (
+    ais_check,
+    ais_log_likelihood,
+    bernoulli,
+    log_likelihood,
+    log_likelihood_together,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -135,6 +141,33 @@ def test_the_standard_prior_costs_nothing_against_itself() -> None:
 
 def stats_normal(z: Tensor) -> Tensor:
     return torch.from_numpy(stats.norm.logpdf(z.double().numpy()).sum(1))
+
+
+@pytest.mark.parametrize("draws", [20, 3000])
+def test_models_together_have_the_likelihoods_they_have_alone(draws: int) -> None:
+    """Draw for draw, whatever the others' latent dimensions, on either side of the tile size."""
+    source = generator(5)
+    images = (torch.rand(9, 784, generator=source) > 0.5).to(torch.uint8) * 255
+    dims = [2, 5, 3]
+    weights = [torch.randn(d, 784, generator=source) for d in dims]
+    means = [torch.randn(9, d, generator=source) for d in dims]
+    logvars = [torch.randn(9, d, generator=source) - 2 for d in dims]
+    priors = [None, lambda z: -0.5 * z.abs().sum(1), None]
+    stack = torch.stack([torch.cat([w, torch.ones(5 - len(w), 784)]) for w in weights])
+    together = log_likelihood_together(
+        lambda z: z @ stack, means, logvars, images, [generator(i) for i in range(3)],
+        n_importance=draws, log_priors=priors,
+    )  # fmt: skip
+    for i, found in enumerate(together):
+        alone = log_likelihood(
+            lambda z, w=weights[i]: z @ w, means[i], logvars[i], images, generator(i),
+            n_importance=draws, log_prior=priors[i],
+        )  # fmt: skip
+        assert found.keys() == alone.keys()
+        for name, estimate in alone.items():
+            assert found[name].value == pytest.approx(estimate.value, rel=1e-5), name
+            error = None if estimate.std_error is None else pytest.approx(estimate.std_error, 1e-3)
+            assert found[name].std_error == error, name
 
 
 def bernoulli_model() -> tuple[Tensor, Tensor, Tensor, Tensor, list[float]]:

@@ -9,11 +9,12 @@ Wu, Burda, Salakhutdinov and Grosse 2017) moves its draws there and says how muc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
@@ -30,6 +31,7 @@ _SIGMOID = 4.0
 
 Decode = Callable[[Tensor], Tensor]
 Observation = Callable[[Tensor, Tensor], Tensor]
+LogDensity = Callable[[Tensor], Tensor]
 
 
 def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def log_likelihood(
     generator: torch.Generator,
     *,
     n_importance: int = 200,
-    log_prior: Callable[[Tensor], Tensor] | None = None,
+    log_prior: LogDensity | None = None,
     observation: Observation = bernoulli,
 ) -> dict[str, Estimate]:
     """Mean log p(x) over images the model was not trained on, by importance sampling from q(z|x).
@@ -87,25 +89,54 @@ def log_likelihood(
 
     Undefined (missing, with the reason) where a weight is not finite.
     """
+    (found,) = log_likelihood_together(
+        lambda z: decode(z[0])[None],
+        [mean],
+        [logvar],
+        images,
+        [generator],
+        n_importance=n_importance,
+        log_priors=[log_prior],
+        observation=observation,
+    )
+    return found
+
+
+@torch.no_grad()
+def log_likelihood_together(
+    decode: Decode,
+    means: Sequence[Tensor],
+    logvars: Sequence[Tensor],
+    images: Tensor,
+    generators: Sequence[torch.Generator],
+    *,
+    n_importance: int = 200,
+    log_priors: Sequence[LogDensity | None],
+    observation: Observation = bernoulli,
+) -> list[dict[str, Estimate]]:
+    """:func:`log_likelihood` of E models for the same images as one program, model by model.
+
+    Args:
+        decode: codes (E, B, D) → parameters of p(x|z), (E, B, pixels), D the largest latent
+            dimension; the codes of a model of fewer are followed by zeros.
+        means, logvars: (M, D_e) a model.
+        generators: one a model; the draws of each are those it has alone.
+        others: as for :func:`log_likelihood`.
+    """
     if n_importance < 2:
         raise InputError(f"n_importance must be >= 2, got {n_importance}.")
-    if len(images) < 1 or len(images) != len(mean):
-        raise InputError(
-            f"images and codes must be equally many, got {len(images)} and {len(mean)}."
-        )
-    found = _Sums()
-    for log_w, log_r in _log_weights(
-        decode, mean, logvar, images, generator, n_importance, log_prior, observation
+    for mean in means:
+        if len(images) < 1 or len(images) != len(mean):
+            raise InputError(
+                f"images and codes must be equally many, got {len(images)} and {len(mean)}."
+            )
+    found = [_Sums() for _ in means]
+    for block in _log_weights(
+        decode, means, logvars, images, generators, n_importance, log_priors, observation
     ):
-        level, share = _log_mean(log_w)
-        found.add("log_likelihood", level, share)
-        found.add("inference_gap", level - log_w.mean(1), share - log_w)
-        found.ess += float((n_importance / share.square().mean(1)).sum())
-        if log_r is not None:
-            level_r, share_r = _log_mean(log_r)
-            found.add("prior_cost", level_r - level, share_r - share)
-            found.add("log_likelihood_ex_post", level_r, share_r)
-    return found.estimates(len(images))
+        for sums, (log_w, log_r) in zip(found, block, strict=True):
+            sums.take(log_w, log_r)
+    return [sums.estimates(len(images)) for sums in found]
 
 
 class _Sums:
@@ -114,6 +145,17 @@ class _Sums:
     def __init__(self) -> None:
         self.total: dict[str, tuple[float, float]] = {}
         self.ess = 0.0
+
+    def take(self, log_w: Tensor, log_r: Tensor | None) -> None:
+        """The weights (b, K) of some images, under N(0, I) and under r."""
+        level, share = _log_mean(log_w)
+        self.add("log_likelihood", level, share)
+        self.add("inference_gap", level - log_w.mean(1), share - log_w)
+        self.ess += float((log_w.shape[1] / share.square().mean(1)).sum())
+        if log_r is not None:
+            level_r, share_r = _log_mean(log_r)
+            self.add("prior_cost", level_r - level, share_r - share)
+            self.add("log_likelihood_ex_post", level_r, share_r)
 
     def add(self, name: str, value: Tensor, influence: Tensor) -> None:
         """Values (b,), and what each draw adds to them to first order, (b, K)."""
@@ -144,53 +186,75 @@ def _log_mean(log_w: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_weights(
     decode: Decode,
-    mean: Tensor,
-    logvar: Tensor,
+    means: Sequence[Tensor],
+    logvars: Sequence[Tensor],
     images: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     draws: int,
-    log_prior: Callable[[Tensor], Tensor] | None,
+    log_priors: Sequence[LogDensity | None],
     observation: Observation,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """log w under N(0, I), and under r, of some images at a time: (b, K) float64."""
-    dims = mean.shape[1]
-    block = max(1, _CODES // (draws * dims))
-    rows = max(1, _TILE // images.shape[1])
-    for m, s, x in zip(mean.split(block), logvar.split(block), images.split(block), strict=True):
-        shape = (len(m), draws, dims)
-        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=m.dtype)
-        noise = noise.to(m.device)
-        z = m[:, None] + torch.exp(0.5 * s)[:, None] * noise
-        log_px = _log_px(decode, z, _unit(x), rows, observation)
-        log_q = -0.5 * (noise.double().square() + s[:, None].double() + _LOG_2PI).sum(2)
-        log_p = -0.5 * (z.double().square() + _LOG_2PI).sum(2)
-        log_r = None
-        if log_prior is not None:
-            log_r = log_prior(z.flatten(0, 1)).double().view(log_q.shape) + log_px - log_q
-        yield log_px + log_p - log_q, log_r
+) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    """log w under N(0, I), and under r, of some images at a time: (b, K) float64 a model."""
+    dims = [mean.shape[1] for mean in means]
+    block = max(1, _CODES // (draws * sum(dims)))
+    rows = max(1, _TILE // (images.shape[1] * len(means)))
+    for start in range(0, len(images), block):
+        part = slice(start, start + block)
+        own = [(mean[part], logvar[part]) for mean, logvar in zip(means, logvars, strict=True)]
+        noise = [_noise(m, draws, source) for (m, _), source in zip(own, generators, strict=True)]
+        z = [
+            m[:, None] + torch.exp(0.5 * s)[:, None] * e
+            for (m, s), e in zip(own, noise, strict=True)
+        ]
+        padded = torch.stack(
+            [functional.pad(codes, (0, max(dims) - codes.shape[2])) for codes in z]
+        )
+        log_px = _log_px(decode, padded, _unit(images[part]), rows, observation)
+        result: list[tuple[Tensor, Tensor | None]] = []
+        for (_, s), e, codes, log_x, log_prior in zip(
+            own, noise, z, log_px, log_priors, strict=True
+        ):
+            log_q = -0.5 * (e.double().square() + s[:, None].double() + _LOG_2PI).sum(2)
+            log_p = -0.5 * (codes.double().square() + _LOG_2PI).sum(2)
+            log_r = None
+            if log_prior is not None:
+                log_r = log_prior(codes.flatten(0, 1)).double().view(log_q.shape) + log_x - log_q
+            result.append((log_x + log_p - log_q, log_r))
+        yield result
+
+
+def _noise(mean: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Standard normal (b, K, D), drawn image by image: how many stand in a block changes none."""
+    shape = draws, mean.shape[1]
+    rows = [
+        torch.randn(shape, generator=generator, device=generator.device, dtype=mean.dtype)
+        for _ in mean
+    ]
+    return torch.stack(rows).to(mean.device)
 
 
 def _log_px(decode: Decode, z: Tensor, x: Tensor, rows: int, observation: Observation) -> Tensor:
-    """log p(x_b|z_bk), float64 (b, K), so many rows of z (b, K, D) at a time."""
-    draws = z.shape[1]
+    """log p(x_b|z_ebk), float64 (E, b, K), so many rows of z (E, b, K, D) a model at a time."""
+    draws = z.shape[2]
     if draws >= rows:
         parts = [
-            torch.cat([_decoded(decode, row[None], x_row[None], observation)
-                       for row in z_image.split(rows)], 1)
-            for z_image, x_row in zip(z, x, strict=True)
+            torch.cat([_decoded(decode, row, x_row, observation)
+                       for row in z_image.split(rows, 2)], 2)
+            for z_image, x_row in zip(z.split(1, 1), x.split(1), strict=True)
         ]  # fmt: skip
     else:
         step = rows // draws
         parts = [
             _decoded(decode, z_part, x_part, observation)
-            for z_part, x_part in zip(z.split(step), x.split(step), strict=True)
+            for z_part, x_part in zip(z.split(step, 1), x.split(step), strict=True)
         ]
-    return torch.cat(parts)
+    return torch.cat(parts, 1)
 
 
 def _decoded(decode: Decode, z: Tensor, x: Tensor, observation: Observation) -> Tensor:
-    logits = decode(z.flatten(0, 1))
-    return observation(logits.view(*z.shape[:2], -1), x).double()
+    models, images, draws = z.shape[:3]
+    logits = decode(z.flatten(1, 2)).view(models * images, draws, -1)
+    return observation(logits, x.repeat(models, 1)).double().view(models, images, draws)
 
 
 def _unit(images: Tensor) -> Tensor:
@@ -396,9 +460,9 @@ def ais_check(
     )  # fmt: skip
     levels, variances = [], []
     with torch.no_grad():
-        for log_w, _ in _log_weights(
-            decode, mean[part], logvar[part], images[part], generator,
-            n_importance, None, observation,
+        for ((log_w, _),) in _log_weights(
+            lambda z: decode(z[0])[None], [mean[part]], [logvar[part]], images[part], [generator],
+            n_importance, [None], observation,
         ):  # fmt: skip
             level, share = _log_mean(log_w)
             levels.append(level)
