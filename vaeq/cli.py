@@ -31,6 +31,8 @@ EXAMPLES = {
         "vaeq sweep experiment=finding",
         "vaeq sweep experiment=width n_jobs=1 epochs=5",
         "vaeq sweep experiment=finding hydra/launcher=ensemble",
+        "vaeq sweep experiment=finding hydra/launcher=submitit_slurm hydra.launcher.partition=cpu",
+        "vaeq sweep experiment=finding hydra/launcher=ray hydra.launcher.address=auto",
     ),
     "measure": ("vaeq measure codes=codes.npz output=codes.json",),
     "sample": (
@@ -166,9 +168,15 @@ def _register_plugins() -> None:
     # Hydra's scan executes the modules of its own plugins again: a class derived from one of them
     # must be made after it. In a development install the scan does not find ours by itself.
     plugins = Plugins.instance()
-    from hydra_plugins.vaeq import EnsembleLauncher, GridSweeper, PoolLauncher
+    from hydra_plugins.vaeq import (
+        EnsembleLauncher,
+        GridSweeper,
+        PoolLauncher,
+        RayLauncher,
+        SlurmLauncher,
+    )
 
-    for plugin in (GridSweeper, PoolLauncher, EnsembleLauncher):
+    for plugin in (GridSweeper, PoolLauncher, EnsembleLauncher, SlurmLauncher, RayLauncher):
         plugins.register(plugin)
 
 

@@ -22,6 +22,13 @@ class TrainingDiverged(VaeqError):
         self.epoch = epoch
 
 
+class Taken(VaeqError):
+    """Another process, here or on a machine that shares the folder, is at the run."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(f"another process is at {run}; wait for it, or stop it")
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """Text from a file made safe to print: one line, no control characters, no lone surrogates."""
     if len(text) <= limit and text.isprintable() and "  " not in text and text == text.strip():

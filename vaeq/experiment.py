@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import save
 
 from vaeq import __version__
@@ -24,7 +24,7 @@ from vaeq.config import DataConfig, RunConfig, config_hash, run_name
 from vaeq.data import Images, load_images, mean_image
 from vaeq.elbo import held_out_elbo
 from vaeq.ensemble import encode_all
-from vaeq.errors import InputError, VaeqError
+from vaeq.errors import InputError, Taken, VaeqError
 from vaeq.estimate import Estimate
 from vaeq.generation import Decoder
 from vaeq.hardware import resolve_device, resolve_precision
@@ -35,6 +35,7 @@ from vaeq.progress import Event
 from vaeq.quality import FLOOR, missing_quality
 from vaeq.record import (
     CACHE,
+    LOCK,
     PICTURES,
     SAMPLES,
     RunRecord,
@@ -42,6 +43,7 @@ from vaeq.record import (
     complete_record,
     require_writable,
     run_directory,
+    summary,
     write_atomic,
     write_config,
     write_history,
@@ -131,7 +133,7 @@ class _Run:
         self.notify(Event(kind, self.name, shown, self.config.epochs, seen, total, elbo))
 
 
-def run(config: RunConfig, notify: Notify, threads: int) -> RunRecord:
+def run(config: RunConfig, notify: Notify, threads: int, *, wait: bool = True) -> RunRecord:
     """Train, measure and record one configuration, or return the record it already has.
 
     A run that was stopped goes on from its last epoch on disk. A failure is recorded and raised.
@@ -139,19 +141,21 @@ def run(config: RunConfig, notify: Notify, threads: int) -> RunRecord:
     Args:
         notify: receives an Event a step; it must be quick.
         threads: CPU threads of this process; part of what makes weights bit-identical.
+        wait: for a process that is at the same run, on whatever machine, to end.
 
     Raises:
         InputError: the device, the data or the folder cannot be used; nothing is written.
+        Taken: another process is at it, and ``wait`` is false; nothing is written.
         TrainingDiverged: the loss is not finite; the run is recorded as failed.
     """
-    (ending,) = run_ensemble([config], notify, threads)
+    (ending,) = run_ensemble([config], notify, threads, wait=wait)
     if isinstance(ending, Exception):
         raise ending
     return ending
 
 
 def run_ensemble(
-    configs: Sequence[RunConfig], notify: Notify, threads: int
+    configs: Sequence[RunConfig], notify: Notify, threads: int, *, wait: bool = True
 ) -> list[RunRecord | Exception]:
     """Train runs of one shape as one program, then measure and record each as if it were alone.
 
@@ -161,6 +165,7 @@ def run_ensemble(
     Args:
         configs: of one network but for latent_dim, and one data, batch_size, epochs, warm-up of
             the learning rate, schedule, precision and device; see ``vaeq.sweep.ensembles``.
+        wait: as for :func:`run`.
 
     Returns:
         The record of each, or why it has none.
@@ -170,7 +175,7 @@ def run_ensemble(
     with ExitStack() as locks:
         runs: dict[int, _Run] = {}
         for i, config in enumerate(configs):
-            begun = _begin(config, notify, threads, locks)
+            begun = _begin(config, notify, threads, locks, wait)
             if isinstance(begun, RunRecord):
                 endings[i] = begun
             else:
@@ -195,7 +200,9 @@ def run_ensemble(
     return [ending for ending in endings if ending is not None]
 
 
-def _begin(config: RunConfig, notify: Notify, threads: int, locks: ExitStack) -> RunRecord | _Run:
+def _begin(
+    config: RunConfig, notify: Notify, threads: int, locks: ExitStack, wait: bool
+) -> RunRecord | _Run:
     """The record of a finished run, or the run, locked, at its last epoch on disk."""
     directory = run_directory(config)
     found = complete_record(directory, config)
@@ -205,7 +212,10 @@ def _begin(config: RunConfig, notify: Notify, threads: int, locks: ExitStack) ->
     precision, images = prepare(config)
     require_writable(directory.parent)
     directory.mkdir(parents=True, exist_ok=True)
-    locks.enter_context(FileLock(directory / ".lock"))
+    try:
+        locks.enter_context(FileLock(directory / LOCK, timeout=-1 if wait else 0))
+    except Timeout:
+        raise Taken(run_name(config)) from None
     # Another process may have finished it while this one waited for the lock.
     found = complete_record(directory, config)
     if found is not None:
@@ -342,7 +352,7 @@ def _finish(run: _Run, measured: Callable[[], RunRecord]) -> RunRecord | Excepti
         return error
     write_record(run.directory, record)
     write_status(run.directory, "complete", len(run.history), run.config.epochs)
-    run.notify(Event("complete", run.name, message=_summary(record)))
+    run.notify(Event("complete", run.name, message=summary(record)))
     return record
 
 
@@ -491,11 +501,3 @@ def _fail(run: _Run, error: Exception) -> None:
     )
     write_record(run.directory, record)
     write_status(run.directory, "failed", len(run.history), run.config.epochs, failure=failure)
-
-
-def _summary(record: RunRecord) -> str:
-    value = {name: entry["value"] for name, entry in record.estimates.items()}
-    return (
-        f"ELBO {value['elbo']:.2f} nats, KL per dimension {value['dimension_kl_mean']:.4f}, "
-        f"joint {value['marginal_kl']:.3f}, in {record.timing['total_seconds']:.0f} s"
-    )

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -21,9 +22,12 @@ from pathlib import Path
 from rich.console import Console
 
 from vaeq.config import RunConfig, run_name
-from vaeq.errors import InputError, VaeqError
+from vaeq.errors import InputError, Taken, VaeqError
 from vaeq.progress import Event, display
 from vaeq.sweep import SweepResult, record_death, require_folders
+
+# Pause between two looks at a run that another process is at.
+_RETRY_SECONDS = 0.5
 
 
 @dataclass
@@ -77,6 +81,9 @@ class Pool:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["vaeq.experiment"])
         self.workers: list[_Worker] = []
+        # Runs that another process is at, perhaps on another machine: tried again in turn when no
+        # others are left.
+        self.taken: list[RunConfig] = []
 
     def run(self, configs: Sequence[RunConfig], result: SweepResult) -> None:
         """Run every config in this order; each one's end is in ``result``.
@@ -86,6 +93,7 @@ class Pool:
             KeyboardInterrupt: after every worker has been stopped; finished runs stay finished.
         """
         waiting = list(configs)
+        self.taken.clear()
         try:
             self._preflight(waiting)
             require_folders(waiting)
@@ -103,10 +111,10 @@ class Pool:
     def _assign(self, waiting: list[RunConfig]) -> bool:
         """Give every free worker a run, start workers while there is need; is any at work?"""
         for worker in self.workers:
-            if worker.config is None and waiting:
-                self._give(worker, waiting.pop(0))
-        while waiting and len(self.workers) < self.n_jobs:
-            self._give(self._start(), waiting.pop(0))
+            if worker.config is None and (waiting or self.taken):
+                self._give(worker, waiting)
+        while (waiting or self.taken) and len(self.workers) < self.n_jobs:
+            self._give(self._start(), waiting)
         return any(worker.config is not None for worker in self.workers)
 
     def _start(self) -> _Worker:
@@ -118,11 +126,12 @@ class Pool:
         self.workers.append(worker)
         return worker
 
-    @staticmethod
-    def _give(worker: _Worker, config: RunConfig) -> None:
+    def _give(self, worker: _Worker, waiting: list[RunConfig]) -> None:
+        again = not waiting
+        config = (self.taken if again else waiting).pop(0)
         worker.config, worker.epoch = config, 0
         with contextlib.suppress(BrokenPipeError):  # dead: its closed pipe says so in a moment
-            worker.pipe.send(config)
+            worker.pipe.send((config, again))
 
     def _next_event(self, worker: _Worker) -> Event | None:
         """What a worker says; its last word is made up here if it died without one."""
@@ -131,7 +140,9 @@ class Pool:
         except (EOFError, OSError):
             return self._bury(worker)
         worker.epoch = max(worker.epoch, event.epoch)
-        if event.kind in ("complete", "failed", "skipped"):
+        if event.kind == "taken" and worker.config is not None:
+            self.taken.append(worker.config)
+        if event.kind in ("complete", "failed", "skipped", "taken"):
             worker.config = None
         return event
 
@@ -180,7 +191,7 @@ def _death(exitcode: int | None) -> str:
 
 
 def _work(pipe: Connection) -> None:
-    """A worker's life: a list of configs is to be checked, a config to be run, until the end."""
+    """A worker's life: a list of configs is to be checked, a single one run, until the end."""
     # Ctrl-C reaches the whole process group; the parent decides, and stops its workers. A run that
     # is terminated unwinds, and keeps the state of its last epoch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -193,7 +204,8 @@ def _work(pipe: Connection) -> None:
         if isinstance(order, list):
             pipe.send(_check(order))
         else:
-            _run(order, pipe)
+            config, again = order
+            _run(config, again, pipe)
 
 
 def _check(configs: Sequence[RunConfig]) -> str:
@@ -207,7 +219,7 @@ def _check(configs: Sequence[RunConfig]) -> str:
     return ""
 
 
-def _run(config: RunConfig, pipe: Connection) -> None:
+def _run(config: RunConfig, again: bool, pipe: Connection) -> None:
     from vaeq.experiment import run
 
     def notify(event: Event) -> None:
@@ -219,7 +231,15 @@ def _run(config: RunConfig, pipe: Connection) -> None:
             sys.exit(1)
 
     try:
-        run(config, notify, threads=config.threads or 1)
+        run(config, notify, threads=config.threads or 1, wait=False)
+    except Taken:
+        if again:
+            time.sleep(_RETRY_SECONDS)
+        else:
+            notify(
+                Event("note", run_name(config), message="another process is at it; it comes last")
+            )
+        notify(Event("taken", run_name(config)))
     except VaeqError as error:
         notify(Event("failed", run_name(config), message=str(error)))
     except Exception as error:

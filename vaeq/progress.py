@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 class Event:
     """One step of one run, small enough to be sent through a pipe many times a second."""
 
-    kind: str  # start, images, epoch, stage, note, complete, failed, skipped
+    kind: str  # start, images, epoch, stage, note, taken, complete, failed, skipped
     run: str
     epoch: int = 0
     epochs: int = 0

@@ -29,6 +29,8 @@ RECORD = "record.json"
 STATUS = "status.json"
 HISTORY = "history.csv"
 CONFIG = "config.yaml"
+# Held by the process that is at the run.
+LOCK = ".lock"
 SAMPLES = "samples.safetensors"
 PICTURES = "pictures.safetensors"
 # Beside the experiments: what their runs share and can make anew.
@@ -101,6 +103,15 @@ def write_status(directory: Path, state: str, epoch: int, epochs: int, **more: A
     write_atomic(directory / STATUS, dump(status))
 
 
+def read_status(directory: Path) -> dict[str, Any]:
+    """What :func:`write_status` wrote last; empty where nothing of it can be read."""
+    try:
+        content = json.loads((directory / STATUS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_config(directory: Path, config: RunConfig) -> None:
     """``config.yaml``: the resolved settings."""
     write_atomic(directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
@@ -132,6 +143,15 @@ def read_record(path: Path) -> RunRecord:
             is wrong and leaves the path to the caller: ``is empty: truncated or overwritten``.
     """
     return RunRecord(**read_content(path))
+
+
+def summary(record: RunRecord) -> str:
+    """A finished run in one line."""
+    value = {name: entry["value"] for name, entry in record.estimates.items()}
+    return (
+        f"ELBO {value['elbo']:.2f} nats, KL per dimension {value['dimension_kl_mean']:.4f}, "
+        f"joint {value['marginal_kl']:.3f}, in {record.timing['total_seconds']:.0f} s"
+    )
 
 
 def complete_record(directory: Path, config: RunConfig) -> RunRecord | None:

@@ -121,11 +121,11 @@ def ensembles(configs: Sequence[RunConfig], most: int) -> list[list[RunConfig]]:
     return result
 
 
-def record_death(config: RunConfig, epoch: int, message: str) -> None:
+def record_death(config: RunConfig, epoch: int, message: str, *, kind: str = "WorkerDied") -> None:
     """Write the failure of a run whose process could not write it; its checkpoint stays."""
     directory = run_directory(config)
     directory.mkdir(parents=True, exist_ok=True)
-    failure = {"type": "WorkerDied", "message": message}
+    failure = {"type": kind, "message": message}
     write_config(directory, config)
     write_record(
         directory, RunRecord("failed", asdict(config), config_hash(config), failure=failure)

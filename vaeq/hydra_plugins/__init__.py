@@ -114,3 +114,31 @@ class EnsembleLauncher(SweepLauncher):
                 for config, ending in zip(group, endings, strict=True):
                     if isinstance(ending, Exception):
                         notify(Event("failed", run_name(config), message=str(ending)))
+
+
+class SlurmLauncher(SweepLauncher):
+    """One Slurm job a run, in an array; ``vaeq.slurm.SlurmSettings`` are its arguments."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
+        from vaeq.cluster import settings
+        from vaeq.slurm import SlurmSettings, run_on_slurm
+
+        asked = settings(SlurmSettings, self.settings)
+        run_on_slurm(todo, result, console, asked, self.config.n_jobs)
+
+
+class RayLauncher(SweepLauncher):
+    """One Ray task a run; ``vaeq.ray_cluster.RaySettings`` are its arguments."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
+        from vaeq.cluster import settings
+        from vaeq.ray_cluster import RaySettings, run_on_ray
+
+        asked = settings(RaySettings, self.settings)
+        run_on_ray(todo, result, console, asked, self.config.n_jobs)
