@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import io
 import os
 import signal
 import sys
@@ -54,6 +56,7 @@ _SHELL_COMPLETION = ("-sc", "--shell-completion")
 def main() -> None:
     """Entry point of ``vaeq``; exits 0, 1 (a run failed), 2 (bad input), 130 or 143 (stopped)."""
     signal.signal(signal.SIGTERM, _terminate)
+    _print_in_any_encoding()
     # Read once, when torch loads OpenMP. A thread that spins for a millisecond at every barrier is
     # what makes a step ten times slower where another program has its core; one that sleeps at once
     # doubles the time of a step where none has. Some ten microseconds cost neither much.
@@ -70,6 +73,29 @@ def main() -> None:
         # The reader of our output has gone (vaeq ... | head); Python must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
+
+
+def _print_in_any_encoding() -> None:
+    """Let no character end the program where the terminal's encoding has none for it."""
+    codecs.register_error("vaeq.stand_in", _stand_in)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="vaeq.stand_in")
+
+
+def _stand_in(error: UnicodeError) -> tuple[bytes, int]:
+    """±, say, as +/-; the bytes of a file name as they were given; anything else as its escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    from vaeq.report.words import ASCII
+
+    shown = b""
+    for character in error.object[error.start : error.end]:
+        if "\udc80" <= character <= "\udcff":
+            shown += character.encode("ascii", "surrogateescape")
+        else:
+            shown += character.translate(ASCII).encode("ascii", "backslashreplace")
+    return shown, error.end
 
 
 def _exit(sentence: str, status: int) -> None:
@@ -110,8 +136,7 @@ def _run_hydra(command: str, arguments: list[str]) -> None:
 
     from vaeq import compose
 
-    if command in ("report", "sample"):
-        arguments = [_free_text(argument) for argument in arguments]
+    arguments = [compose.literal(command, argument) for argument in arguments]
     overrides = get_args_parser().parse_args(arguments).overrides
     if not any(word in _SHELL_COMPLETION for word in arguments):
         compose.check_overrides(command, overrides)
@@ -135,31 +160,11 @@ def _run_hydra(command: str, arguments: list[str]) -> None:
     )(_sweep_job if command == "sweep" else task)
     try:
         application()
+        if errors:
+            raise errors[0]
     except (HydraException, OmegaConfBaseException) as error:
         sentence = compose.explain(error, compose.SCHEMAS[command], overrides)
         raise InputError(sentence) from error
-    if errors:
-        raise errors[0]
-
-
-def _free_text(argument: str) -> str:
-    """``where=`` and its like quoted for Hydra, whose grammar gives <, = and commas a meaning.
-
-    In a shell one pair of quotes is then enough: where='latent_dim>=8 and seed<3'.
-    """
-    name, equals, value = argument.partition("=")
-    if name == "metrics" and "," in value and value[0] != "[":
-        return f"metrics=[{value}]"
-    if (
-        not equals
-        or name not in ("where", "baseline", "runs", "run", "output")
-        or value in ("", "null")
-    ):
-        return argument
-    if value[0] in "'\"" or (name == "runs" and value[0] == "["):
-        return argument
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{name}="{escaped}"'
 
 
 def _register_plugins() -> None:

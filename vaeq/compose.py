@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -10,9 +11,10 @@ from typing import TypeVar
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from vaeq.config import (
     CodesConfig,
@@ -33,6 +35,7 @@ SCHEMAS: dict[str, type] = {
     "sample": SampleConfig,
 }
 _GROUPS = ("data", "experiment")
+_DOLLAR = r"${name} stands for another setting, \${ for these two characters."
 
 C = TypeVar("C")
 
@@ -76,6 +79,38 @@ def run_configs(
     return configs
 
 
+def literal(command: str, argument: str) -> str:
+    """A path or a condition quoted for Hydra, whose grammar reads ``=``, ``,``, ``(`` and ``ü``.
+
+    In a shell one pair of quotes is then enough: ``where='latent_dim>=8 and seed<3'``, and
+    ``outputs=1e3`` is a folder of that name. What Hydra's own quotes enclose stays as it is, and so
+    does ``${...}``, which OmegaConf resolves.
+    """
+    name, equals, value = argument.partition("=")
+    spec, type_name, _ = keys_of(SCHEMAS[command]).get(name.lstrip("+"), (None, "", None))
+    text = type_name in ("str", "str | None", "Any")
+    if spec is None or not text or spec.choices or spec.pattern or value in ("", "null"):
+        return argument
+    if type_name == "Any" and not os.path.exists(value):  # one text or several
+        if value[0] == "[":
+            return argument
+        if name == "metrics" and "," in value:
+            return f"{name}=[{value}]"
+    if value[0] in "'\"" and _is_override(argument):
+        return argument
+    # No shell expands the tilde of outputs=~/runs.
+    value = os.path.expanduser(value)
+    return f"{name}={QuotedString(value, Quote.double).with_quotes()}"
+
+
+def _is_override(argument: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
 def check_overrides(command: str, arguments: Iterable[str]) -> None:
     """Refuse a misspelt key, a key behind ``+``, or a list of values where one run is wanted.
 
@@ -88,7 +123,11 @@ def check_overrides(command: str, arguments: Iterable[str]) -> None:
         try:
             override = OverridesParser.create().parse_override(argument)
         except HydraException:
-            raise InputError(f"{argument!r} is not an override; write key=value.") from None
+            several = argument.partition("=")[2].startswith("[")
+            advice = """, and a list of names as '["a=1,b=2","c"]'""" if several else ""
+            raise InputError(
+                f"{argument!r} is not an override; write key=value{advice}."
+            ) from None
         name = override.key_or_group
         if name.split(".")[0].split("/")[0] == "hydra":
             continue
@@ -130,7 +169,11 @@ def explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
         if name and name[1] in known and value:
             spec, type_name, _ = known[name[1]]
             return out_of_range(name[1], spec, type_name, value[1])
+        if name and name[1] in known and "nterpolation" in str(each):
+            return f"{name[1]}: {str(each).splitlines()[0].rstrip('.')}; {_DOLLAR}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group} must be one of {', '.join(error.options)}, got {choice}."
-    return " ".join(str(error).split())
+    words = " ".join(str(error).split())
+    unclosed = any(isinstance(each, GrammarParseError) for each in causes)
+    return f"{words}: {_DOLLAR}" if unclosed else words

@@ -65,6 +65,8 @@ class Key:
 
     def accepts(self, value: Any) -> bool:
         """True if a value of the right type is in range; NaN and infinity never are."""
+        if value == "":
+            return False
         if self.choices:
             return value in self.choices
         if self.pattern:

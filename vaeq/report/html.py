@@ -73,8 +73,8 @@ def page(
         constant=settings_text(table.constant),
         provenance=provenance_text(runs),
         hashes=[(run.name, run.config_hash) for run in runs] if len(runs) <= 100 else [],
-        css=(FOLDER / "report.css").read_text(),
-        script=(FOLDER / "sort.js").read_text(),
+        css=(FOLDER / "report.css").read_text(encoding="utf-8"),
+        script=(FOLDER / "sort.js").read_text(encoding="utf-8"),
     )
 
 
