@@ -23,6 +23,8 @@ import numpy as np
 import torch
 
 from vaeq.errors import InputError, one_line
+from vaeq.foreign import require_regular
+from vaeq.npy import npz_names, read_npy, read_npz
 
 if TYPE_CHECKING:
     from vaeq.measurement import Measurement
@@ -34,6 +36,7 @@ _NAMES = ("test_logvar", "test_mean", "test_std", "test_var", "logvar", "labels"
 # exp of more than this is no variance that float32 could hold, squared.
 _LARGEST_LOGVAR = 80.0
 _LARGEST_MEAN = 1e9
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Fewer values than this can be positive by chance.
 _FEWEST_TO_SUSPECT = 10
 
@@ -116,7 +119,7 @@ def _tensor(name: str, values: Any) -> torch.Tensor:
         array = np.array(array, np.float64 if array.dtype.itemsize > 4 else np.float32, order="C")
         values = torch.from_numpy(array)
     values = values.detach()
-    if not values.is_floating_point():
+    if values.dtype not in _FLOATS:  # those of 8 bits know no arithmetic
         raise InputError(_not_float(name, str(values.dtype).removeprefix("torch.")))
     if values.ndim != 2:
         raise InputError(
@@ -260,10 +263,10 @@ def _listed(names: Any) -> str:
 def _read(source: str) -> _Arrays:
     path = Path(source)
     text = one_line(source)
-    if not path.exists() and "," in source:
+    if not _exists(path) and "," in source:
         files = [Path(part.strip()) for part in source.split(",") if part.strip()]
         return _npy_files({_name_of(file): file for file in files}, text)
-    if not path.exists():
+    if not _exists(path):
         raise InputError(
             f"codes={text} does not exist; give a .npz or .safetensors file, a folder of .npy "
             "files, or one of them that ends in mean.npy."
@@ -287,66 +290,47 @@ def _read(source: str) -> _Arrays:
     raise InputError(f"codes={text} must be .npz, .safetensors or .npy, got {kind}.")
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than any file's
+        return False
+
+
 def _name_of(file: Path) -> str:
     """Which array a .npy file holds, from the end of its name; else the whole of it."""
     return next((name for name in _NAMES if file.stem.endswith(name)), file.stem)
 
 
-def _unreadable(text: str, error: Exception) -> InputError:
-    if isinstance(error, OSError) and error.strerror:
-        return InputError(f"codes={text} cannot be read: {error.strerror}.")
-    if "pickle" in str(error):
-        return InputError(
-            f"codes={text} holds Python objects, which are not read; save float arrays."
-        )
-    return InputError(
-        f"codes={text} cannot be read: it is truncated, or not what its name says; write it again."
-    )
-
-
-# NumPy, zipfile and zlib raise a dozen unrelated types on files that are cut short or were never
-# theirs, tokenize.TokenError and zlib.error among them: whatever they raise, the file is at fault.
-_READ_ERRORS = (Exception,)
-
-
 def _npy_files(files: Mapping[str, Path], text: str) -> _Arrays:
     def get(name: str) -> Any:
-        try:
-            with files[name].open("rb") as stream:
-                return np.load(stream, allow_pickle=False)
-        except _READ_ERRORS as error:
-            raise _unreadable(one_line(str(files[name])), error) from None
+        return read_npy(files[name], f"codes={one_line(str(files[name]))}")
 
     return _Arrays(tuple(files), get)
 
 
 def _npz(path: Path, text: str) -> _Arrays:
-    def read(take: Callable[[Any], Any]) -> Any:
-        try:
-            # NumPy leaves a file that it opened itself open where it is no archive.
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                return take(archive)
-        except _READ_ERRORS as error:
-            raise _unreadable(text, error) from None
-
-    return _Arrays(tuple(read(lambda archive: archive.files)), lambda name: read(lambda a: a[name]))
+    label = f"codes={text}"
+    return _Arrays(npz_names(path, label), lambda name: read_npz(path, name, label))
 
 
 def _safetensors(path: Path, text: str) -> _Arrays:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    def get(name: str) -> Any:
+    def read(take: Callable[[Any], Any]) -> Any:
         try:
+            require_regular(path)
             with safe_open(path, framework="pt") as archive:
-                return archive.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(text, error) from None
+                return take(archive)
+        # Of torch too: a shape that no tensor has, a dtype that this version does not know.
+        except Exception as error:
+            reason = "it is truncated, or not what its name says; write it again"
+            if isinstance(error, OSError) and error.strerror:
+                reason = error.strerror
+            raise InputError(f"codes={text} cannot be read: {reason}.") from None
 
-    try:
-        with safe_open(path, framework="pt") as archive:
-            return _Arrays(tuple(archive.keys()), get)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(text, error) from None
+    names = read(lambda archive: tuple(archive.keys()))
+    return _Arrays(names, lambda name: read(lambda archive: archive.get_tensor(name)))
 
 
 def measure_file(
