@@ -37,7 +37,7 @@ def refused(done: subprocess.CompletedProcess[str], folder: Path) -> str:
         (["epochs=0"], "epochs must be an integer between 1 and 1000000, got 0."),
         (["learning_rate=nan"], "learning_rate must be a number > 0 and <= 10, got nan."),
         (["latent_dim=2,8"], "use vaeq sweep latent_dim=2,8."),
-        (["experiment=fnding"], "experiment must be one of cross_validated, finding, quick,"),
+        (["experiment=fnding"], "experiment must be one of burda_vae, cross_validated,"),
         (["data.binarize=yes"], "data.binarize must be one of none, dynamic, static, got"),
     ],
 )

@@ -165,6 +165,15 @@ def test_the_learning_rate_warms_up_to_its_value(small: Images) -> None:
     assert factors == [c * min(1, (i + 1) / 4) for i, c in enumerate(cosine)]
 
 
+def test_the_rate_of_burda_stays_three_times_as_long_at_each_step() -> None:
+    recipe = Recipe(3280, 20, 1e-3, 0, schedule="burda")
+    factors = [_rate_factor(recipe, i, steps=2) for i in range(2 * 3280)]
+    assert factors == [10 ** (-k / 7) for k in range(8) for _ in range(2 * 3**k)]
+    # Other numbers of epochs have the same shares of the steps.
+    half = Recipe(1640, 20, 1e-3, 0, schedule="burda")
+    assert [_rate_factor(half, i, steps=2) for i in range(3280)] == factors[::2]
+
+
 def test_early_stopping_keeps_the_best_weights(small: Images) -> None:
     # A decoder that overfits 100 images within some epochs.
     few = Images(

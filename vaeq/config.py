@@ -222,7 +222,12 @@ class RunConfig:
     learning_rate_warmup_steps: int = key(
         0, "gradient steps over which the learning rate rises to its value", unit="steps", low=0
     )
-    schedule: str = key("constant", "learning rate over the epochs", choices=("constant", "cosine"))
+    schedule: str = key(
+        "constant",
+        "learning rate over the epochs; burda: eight steps down to a tenth, each three times as "
+        "long as the one before",
+        choices=("constant", "cosine", "burda"),
+    )
     early_stopping: int | None = key(
         None, "stop after so many epochs without a better held-out ELBO; null: never", low=1
     )

@@ -205,6 +205,10 @@ def _rate_factor(recipe: Recipe, i: int, steps: int) -> float:
     factor = min(1.0, (i + 1) / max(1, recipe.learning_rate_warmup_steps))
     if recipe.schedule == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * i / (recipe.epochs * steps)))
+    elif recipe.schedule == "burda":
+        # 10^(−k/7) for 3^k passes, k = 0, ..., 7, of 3,280 in all (Burda et al. 2016, section 5).
+        passes = 3280 * i // (recipe.epochs * steps)
+        factor *= 10 ** (-sum(passes >= (3**k - 1) // 2 for k in range(1, 8)) / 7)
     return factor
 
 
