@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vaeq.config import DataConfig, RunConfig, SweepConfig, config_hash, keys_of, run_name
+from vaeq.config import (
+    DataConfig,
+    RunConfig,
+    SweepConfig,
+    config_hash,
+    identified,
+    keys_of,
+    run_name,
+    science,
+)
 from vaeq.errors import InputError
 
 
@@ -89,6 +100,51 @@ def test_the_hash_knows_every_setting_that_changes_the_science() -> None:
     assert all(config_hash(replace(config, **{n: v})) == base for n, v in same.items())
     elsewhere = replace(config, data=DataConfig(root="/tmp", download=True))
     assert config_hash(elsewhere) == base
+
+
+def test_a_run_on_files_is_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    grey = np.arange(3 * 16, dtype=np.uint8).reshape(3, 4, 4)
+    configs = []
+    for i, images in enumerate((grey, grey + np.uint8(1), grey)):
+        file = tmp_path / f"{i}.npz"
+        np.savez(file, train_images=images, test_images=grey)
+        configs.append(RunConfig(data=DataConfig(name="npz", path=str(file))))
+    first, other, copy = identified(configs)
+    assert config_hash(first) == config_hash(copy) != config_hash(other)
+    assert first.data.path != copy.data.path
+    # Once known it is not looked for again, and data sets that ship with vaeq need none.
+    Path(str(first.data.path)).unlink()
+    assert identified([first, RunConfig()]) == [first, RunConfig()]
+    with pytest.raises(InputError, match=r"0\.npz does not exist"):
+        identified(configs)
+
+
+def test_settings_that_came_later_leave_older_hashes_alone() -> None:
+    later = {name for name, (spec, _, _) in keys_of(RunConfig).items() if spec.later}
+    assert {"data.md5", "data.split", "data.synthetic_dim"} <= later
+    assert not {f"data.{name}" for name in science(DataConfig())} & later
+    drawn = DataConfig(name="synthetic_ppca", synthetic_side=9)
+    assert science(drawn)["synthetic_side"] == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"name": "npz"}, "data.path is missing; data=npz needs its .npz file there."),
+        ({"path": "x"}, "data.path is a setting of data=idx and data=npz, got data=mnist; drop"),
+        ({"name": "emnist"}, "data.split is missing; data=emnist has byclass, bymerge, balanced,"),
+        ({"synthetic_side": 9}, "data.synthetic_side is a setting of data=synthetic_ppca, got"),
+        (
+            {"name": "synthetic_ppca", "synthetic_dim": 64},
+            "data.synthetic_dim must be below the 64 pixels of its images, got 64",
+        ),
+        ({"md5": "abc"}, "data.md5 must be 32 hexadecimal digits, or null, got abc."),
+    ],
+)
+def test_settings_of_data_sets_go_together(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        DataConfig(**changes)
+    assert sentence in str(caught.value)
 
 
 def test_run_names_carry_the_axes_and_the_hash() -> None:

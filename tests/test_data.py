@@ -7,6 +7,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,21 +69,31 @@ def test_more_images_than_there_are_is_an_error() -> None:
         load_images(n_train=60_001)
 
 
-def test_torchvision_sets_say_where_their_files_belong(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"put its four IDX files in .*FashionMNIST/raw"):
-        load_images("fashion_mnist", root=str(tmp_path))
+def test_other_data_sets_come_as_tensors_of_their_own_shape(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (9, 6, 5, 3), dtype=np.uint8)
+    file = tmp_path / "images.npz"
+    np.savez(file, train_images=colours[:6], test_images=colours[6:], train_labels=np.arange(6))
+    images = load_images("npz", path=str(file), n_train=4)
+    assert images.shape == (6, 5, 3)
+    assert images.train.shape == (4, 90)
+    assert images.pixels == 90
+    assert torch.equal(images.unflatten(images.train), torch.from_numpy(colours[:4]))
+    assert images.train_labels is not None
+    assert images.train_labels.tolist() == [0, 1, 2, 3]
+    assert images.test_labels is None
+    # The MD5 is that of the whole set, however many of it are used.
+    assert images.md5 == load_images("npz", path=str(file)).md5
+    static = load_images("npz", path=str(file), binarize="static")
+    assert static.shape == (6, 5, 3)
+    assert set(static.train.unique().tolist()) == {0, 255}
 
 
-def test_torchvision_sets_are_read_from_idx_files(tmp_path: Path, mnist: Images) -> None:
-    # KMNIST has the files and the shapes of MNIST; torchvision reads whatever lies there.
-    raw = tmp_path / "KMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in MNIST_FILES:
-        packed = (resources.files("vaeq.mnist") / f"{name}.gz").read_bytes()
-        (raw / name).write_bytes(gzip.decompress(packed))
-    images = load_images("kmnist", root=str(tmp_path), n_train=100, n_test=10)
-    assert images.name == "kmnist"
-    assert torch.equal(images.train, mnist.train[:100])
+def test_images_that_are_not_the_asked_for_ones_are_refused(tmp_path: Path, mnist: Images) -> None:
+    file = tmp_path / "images.npz"
+    np.savez(file, train_images=np.ones((3, 4, 4), np.uint8), test_images=np.ones((2, 4, 4)))
+    with pytest.raises(InputError, match=r"data\.md5=0{32} is asked for, and data=npz has MD5"):
+        load_images("npz", path=str(file), md5="0" * 32)
+    assert load_images(md5=mnist.md5).md5 == mnist.md5
 
 
 def test_bernoulli_draw_has_the_grey_level_as_its_mean(small: Images) -> None:

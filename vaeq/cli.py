@@ -189,12 +189,12 @@ def _train(cfg: DictConfig) -> None:
     from rich.console import Console
 
     from vaeq.compose import typed
-    from vaeq.config import RunConfig, run_name
+    from vaeq.config import RunConfig, identified, run_name
     from vaeq.pool import available_cores
     from vaeq.progress import Event, display
     from vaeq.record import complete_record, run_directory
 
-    config = typed(cfg, RunConfig)
+    (config,) = identified([typed(cfg, RunConfig)])
     console = Console()
     directory = run_directory(config)
     name = run_name(config)

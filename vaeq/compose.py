@@ -22,6 +22,7 @@ from vaeq.config import (
     RunConfig,
     SampleConfig,
     SweepConfig,
+    identified,
     keys_of,
     out_of_range,
 )
@@ -66,7 +67,11 @@ def typed(cfg: DictConfig, schema: type[C]) -> C:
 def run_configs(
     loader: ConfigLoader, master: DictConfig, jobs: Sequence[Sequence[str]]
 ) -> list[RunConfig]:
-    """The typed config of every job of a sweep; the first illegal value refuses them all."""
+    """The typed config of every job of a sweep; the first illegal value refuses them all.
+
+    Raises:
+        InputError: a value is out of its range, or the files of some data set cannot be used.
+    """
     configs = []
     for overrides in jobs:
         try:
@@ -76,7 +81,7 @@ def run_configs(
             configs.append(typed(cfg, SweepConfig).run_config())
         except (HydraException, OmegaConfBaseException) as error:
             raise InputError(explain(error, SweepConfig, overrides)) from error
-    return configs
+    return identified(configs)
 
 
 def literal(command: str, argument: str) -> str:

@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from vaeq.errors import InputError
@@ -37,6 +38,8 @@ class Key:
     pattern_words: str = ""
     # Does the value change the numbers of a run? Only such settings enter its hash.
     science: bool = True
+    # Came after runs had been kept: at its default it is left out of the hash, which stays theirs.
+    later: bool = False
 
     def range_words(self, type_name: str) -> str:
         """``an integer >= 1``, ``a number > 0``, ``one of relu, tanh``."""
@@ -106,6 +109,18 @@ def out_of_range(name: str, spec: Key, type_name: str, value: Any) -> str:
 
 
 FILE_NAME = r"(?!\.)[A-Za-z0-9_.+-]{1,100}"
+# Data sets that are read from files which may hold anything, by name or by path.
+NAMED = ("fashion_mnist", "kmnist", "emnist")
+OWN = ("idx", "npz")
+# Settings of some data sets alone.
+_OWNERS = {
+    "path": OWN,
+    "split": ("emnist",),
+    "synthetic_dim": ("synthetic_ppca",),
+    "synthetic_side": ("synthetic_ppca",),
+    "synthetic_signal": ("synthetic_ppca",),
+    "synthetic_seed": ("synthetic_ppca",),
+}
 
 
 @dataclass(frozen=True)
@@ -114,13 +129,34 @@ class DataConfig:
 
     name: str = key(
         "mnist",
-        "data set; mnist ships with vaeq, the others come through torchvision",
-        choices=("mnist", "fashion_mnist", "kmnist"),
+        "data set; mnist ships with vaeq, fashion_mnist, kmnist and emnist come through "
+        "torchvision; idx and npz are anyone's images, in data.path; synthetic_ppca is drawn",
+        choices=("mnist", *NAMED, *OWN, "synthetic_ppca"),
     )
     root: str | None = key(
         None,
-        "folder of the data files; null: the packaged MNIST, else ~/.cache/vaeq",
+        "folder of the files of a named data set; null: the packaged MNIST, else ~/.cache/vaeq",
         science=False,
+    )
+    path: str | None = key(
+        None,
+        "data=idx: folder of four IDX files named like MNIST's; data=npz: file with train_images, "
+        "test_images and perhaps their labels",
+        science=False,
+    )
+    md5: str | None = key(
+        None,
+        "MD5 of the images and labels in the files, which a run is told apart by wherever they "
+        "lie; null: that of the files found; another is refused",
+        pattern="[0-9a-f]{32}",
+        pattern_words="32 hexadecimal digits, or null",
+        later=True,
+    )
+    split: str | None = key(
+        None,
+        "which part of emnist",
+        choices=("byclass", "bymerge", "balanced", "letters", "digits", "mnist"),
+        later=True,
     )
     download: bool = key(False, "let torchvision download a data set it misses", science=False)
     binarize: str = key(
@@ -130,9 +166,42 @@ class DataConfig:
     )
     n_train: int | None = key(None, "use the first n training images; null: all", low=1)
     n_test: int | None = key(None, "use the first n test images; null: all", low=1)
+    synthetic_dim: int = key(
+        4, "latent dimension that synthetic_ppca is drawn from", low=1, high=4096, later=True
+    )
+    synthetic_side: int = key(
+        8, "height and width of its images", unit="pixels", low=2, high=64, later=True
+    )
+    synthetic_signal: float = key(
+        4.0,
+        "variance along each of its latent directions, in units of the noise's",
+        above=0,
+        high=100,
+        later=True,
+    )
+    synthetic_seed: int = key(0, "seed of its parameters and draws", low=0, later=True)
 
     def __post_init__(self) -> None:
         check(self, "data.")
+        for field_name, names in _OWNERS.items():
+            (item,) = (item for item in dataclasses.fields(self) if item.name == field_name)
+            value = getattr(self, field_name)
+            if value != item.default and self.name not in names:
+                raise InputError(
+                    f"data.{field_name} is a setting of data={' and data='.join(names)}, "
+                    f"got data={self.name}; drop it."
+                )
+        if self.name in OWN and self.path is None:
+            what = "the folder of its IDX files" if self.name == "idx" else "its .npz file"
+            raise InputError(f"data.path is missing; data={self.name} needs {what} there.")
+        if self.name == "emnist" and self.split is None:
+            choices = keys_of(DataConfig)["split"][0].choices
+            raise InputError(f"data.split is missing; data=emnist has {', '.join(choices)}.")
+        if self.name == "synthetic_ppca" and self.synthetic_dim >= self.synthetic_side**2:
+            raise InputError(
+                f"data.synthetic_dim must be below the {self.synthetic_side**2} pixels of its "
+                f"images, got {self.synthetic_dim}; raise data.synthetic_side."
+            )
 
 
 @dataclass(frozen=True)
@@ -391,9 +460,37 @@ def science(config: Any) -> dict[str, Any]:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             values[item.name] = science(value)
-        elif item.metadata["key"].science:
+            continue
+        spec = item.metadata["key"]
+        if spec.science and not (spec.later and value == item.default):
             values[item.name] = value
     return values
+
+
+def identified(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The same settings with ``data.md5`` filled in, where a run's images come in files.
+
+    Where the files lie is no part of what a run is, and what they hold is: without this two runs on
+    other images would share a folder.
+
+    Raises:
+        InputError: the files cannot be used.
+    """
+    found: dict[DataConfig, DataConfig] = {}
+    for data in {config.data for config in configs}:
+        found[data] = data
+        if data.name in (*NAMED, *OWN) and data.md5 is None:
+            from vaeq.datasets import read_image_set
+
+            images = read_image_set(
+                data.name,
+                root=data.root,
+                download=data.download,
+                split=data.split,
+                path=data.path,
+            )
+            found[data] = replace(data, md5=images.md5)
+    return [replace(config, data=found[config.data]) for config in configs]
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:

@@ -1,7 +1,8 @@
 """Images as one uint8 tensor on the device: no loader, no workers, one gather a batch.
 
 MNIST (LeCun, Cortes and Burges, 1998) ships inside the package as its four original IDX files; the
-MD5 of the uncompressed bytes is checked at every load. Other data sets come through torchvision.
+MD5 of the uncompressed bytes is checked at every load. Others are read by ``vaeq.datasets``, or
+drawn by ``vaeq.synthetic``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vaeq.datasets import read_image_set
 from vaeq.errors import InputError
+from vaeq.synthetic import draw_images
 
 # file → (MD5 of the uncompressed bytes, shape), of the original distribution.
 MNIST_FILES = {
@@ -39,14 +42,20 @@ class Images:
     name: str
     md5: str
     train: Tensor  # (N, pixels) uint8
-    train_labels: Tensor  # (N,) uint8
+    train_labels: Tensor | None  # (N,) integers
     test: Tensor  # (M, pixels) uint8
-    test_labels: Tensor  # (M,) uint8
+    test_labels: Tensor | None  # (M,) integers
     binarize: str = "none"
+    shape: tuple[int, ...] = (28, 28)  # height, width and, of colour images, 3 channels
 
     @property
     def pixels(self) -> int:
+        """Observed variables in an image: a colour pixel is three."""
         return self.train.shape[1]
+
+    def unflatten(self, images: Tensor) -> Tensor:
+        """Images (n, pixels) in their shape, (n, height, width) or (n, height, width, 3)."""
+        return images.view(-1, *self.shape).cpu().contiguous()
 
     def observed(self, part: str) -> Tensor:
         """The images an encoder is measured on, (N, pixels) uint8 in 0..255.
@@ -62,15 +71,7 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """The same images on another device."""
-        return Images(
-            self.name,
-            self.md5,
-            self.train.to(device),
-            self.train_labels,
-            self.test.to(device),
-            self.test_labels,
-            self.binarize,
-        )
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 def bernoulli_draw(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -96,59 +97,71 @@ def load_images(
     name: str = "mnist",
     *,
     root: str | None = None,
+    path: str | None = None,
+    md5: str | None = None,
+    split: str | None = None,
     download: bool = False,
     binarize: str = "none",
     n_train: int | None = None,
     n_test: int | None = None,
+    synthetic_dim: int = 4,
+    synthetic_side: int = 8,
+    synthetic_signal: float = 4.0,
+    synthetic_seed: int = 0,
 ) -> Images:
     """Read a data set.
 
     Args:
-        name: ``mnist`` (packaged), ``fashion_mnist`` or ``kmnist`` (through torchvision).
-        root: folder of the data files; None takes the packaged MNIST or ``~/.cache/vaeq``.
+        name: ``mnist`` (packaged), ``synthetic_ppca``, or one of :mod:`vaeq.datasets`.
+        root: folder of the files of a named data set; None takes the packaged MNIST or
+            ``~/.cache/vaeq``.
+        path: the folder of ``idx``, the file of ``npz``.
+        md5: what the MD5 of the images must be; None takes any.
+        split: of ``emnist``.
         download: let torchvision fetch what is missing.
         binarize: ``none``, ``dynamic`` or ``static``; static draws once, here.
         n_train, n_test: keep the first n images.
+        synthetic_dim, synthetic_side, synthetic_signal, synthetic_seed: see
+            :mod:`vaeq.synthetic`.
 
     Raises:
-        InputError: a file is missing, truncated, not IDX, or its MD5 is not the known one; or n
-            exceeds the number of images.
+        InputError: a file is missing, damaged or not what its name says; its images are none that
+            are read; their MD5 is another; or n exceeds the number of images.
     """
     if name == "mnist":
-        train, train_labels, test, test_labels, md5 = _read_mnist(root)
+        images = _read_mnist(root)
+    elif name == "synthetic_ppca":
+        images = _draw_synthetic(synthetic_dim, synthetic_side, synthetic_signal, synthetic_seed)
     else:
-        train, train_labels, test, test_labels, md5 = _read_torchvision(name, root, download)
+        images = _read_files(name, root, download, split, path)
+    if md5 is not None and md5 != images.md5:
+        raise InputError(
+            f"data.md5={md5} is asked for, and data={name} has MD5 {images.md5} now; restore the "
+            "files, or leave data.md5 out for another run of its own."
+        )
     for field, wanted, available in (
-        ("data.n_train", n_train, len(train)),
-        ("data.n_test", n_test, len(test)),
+        ("data.n_train", n_train, len(images.train)),
+        ("data.n_test", n_test, len(images.test)),
     ):
         if wanted is not None and wanted > available:
             raise InputError(
                 f"{field} must be at most {available}, the images in {name}, got {wanted}."
             )
-    images = Images(
-        name,
-        md5,
-        train[:n_train].flatten(1),
-        train_labels[:n_train],
-        test[:n_test].flatten(1),
-        test_labels[:n_test],
-        binarize,
+    images = replace(
+        images,
+        train=images.train[:n_train],
+        train_labels=None if images.train_labels is None else images.train_labels[:n_train],
+        test=images.test[:n_test],
+        test_labels=None if images.test_labels is None else images.test_labels[:n_test],
+        binarize=binarize,
     )
     if binarize == "static":
-        return Images(
-            name,
-            md5,
-            images.observed("train"),
-            images.train_labels,
-            images.observed("test"),
-            images.test_labels,
-            "none",
-        )
+        train, test = images.observed("train"), images.observed("test")
+        return replace(images, train=train, test=test, binarize="none")
     return images
 
 
-def _read_mnist(root: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
+def _read_mnist(root: str | None) -> Images:
     folder: Traversable = resources.files("vaeq.mnist") if root is None else Path(root)
     arrays: list[Tensor] = []
     digest = hashlib.md5(usedforsecurity=False)
@@ -165,7 +178,8 @@ def _read_mnist(root: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
         arrays.append(torch.from_numpy(np.frombuffer(content, np.uint8).copy()))
         arrays[-1] = arrays[-1][4 + 4 * len(shape) :].view(shape)
     train, train_labels, test, test_labels = arrays
-    return train, train_labels, test, test_labels, digest.hexdigest()
+    md5 = digest.hexdigest()
+    return Images("mnist", md5, train.flatten(1), train_labels, test.flatten(1), test_labels)
 
 
 def _read_gzip(path: Traversable, limit: int) -> bytes:
@@ -181,25 +195,30 @@ def _read_gzip(path: Traversable, limit: int) -> bytes:
         raise InputError(f"{path} cannot be read: {error}; restore the file.") from None
 
 
-def _read_torchvision(
-    name: str, root: str | None, download: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
-    from torchvision import datasets
+def _read_files(
+    name: str, root: str | None, download: bool, split: str | None, path: str | None
+) -> Images:
+    found = read_image_set(name, root=root, download=download, split=split, path=path)
+    train, test = torch.from_numpy(found.train), torch.from_numpy(found.test)
+    labels = (
+        None if part is None else torch.from_numpy(part)
+        for part in (found.train_labels, found.test_labels)
+    )
+    train_labels, test_labels = labels
+    return Images(
+        name,
+        found.md5,
+        train.flatten(1),
+        train_labels,
+        test.flatten(1),
+        test_labels,
+        shape=tuple(train.shape[1:]),
+    )
 
-    family = {"fashion_mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}[name]
-    folder = Path(root or "~/.cache/vaeq").expanduser()
-    parts = []
+
+def _draw_synthetic(dim: int, side: int, signal: float, seed: int) -> Images:
+    train, test = draw_images(dim, side, signal, seed)
     digest = hashlib.md5(usedforsecurity=False)
-    for train in (True, False):
-        try:
-            part = family(folder, train=train, download=download)
-        except (RuntimeError, OSError, EOFError) as error:
-            place = folder / family.__name__ / "raw"
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"data={name} cannot be read ({reason}); put its four IDX files in {place}, "
-                "or set data.download=true where the network allows it."
-            ) from None
-        digest.update(part.data.numpy().tobytes())
-        parts += [part.data.to(torch.uint8), part.targets.to(torch.uint8)]
-    return parts[0], parts[1], parts[2], parts[3], digest.hexdigest()
+    for part in (train, test):
+        digest.update(part.numpy().data)
+    return Images("synthetic_ppca", digest.hexdigest(), train, None, test, None, shape=(side, side))

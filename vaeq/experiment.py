@@ -20,7 +20,7 @@ from safetensors.torch import save
 from vaeq import __version__
 from vaeq.checkpoint import FILE, load_checkpoint, save_checkpoint
 from vaeq.codes import CodesWarning
-from vaeq.config import DataConfig, RunConfig, config_hash, run_name
+from vaeq.config import DataConfig, RunConfig, config_hash, identified, run_name
 from vaeq.data import Images, load_images, mean_image
 from vaeq.elbo import held_out_elbo
 from vaeq.ensemble import encode_all
@@ -170,6 +170,7 @@ def run_ensemble(
     Returns:
         The record of each, or why it has none.
     """
+    configs = identified(configs)
     torch.set_num_threads(threads)
     endings: list[RunRecord | Exception | None] = [None] * len(configs)
     with ExitStack() as locks:
@@ -463,8 +464,10 @@ def _record(
     kept = slice(_KEPT_SAMPLES)
     noise = torch.randn(mean[kept].shape, generator=generator, device=mean.device)
     z = (mean[kept] + torch.exp(0.5 * logvar[kept]) * noise).float()
-    label = images.train_labels[kept].contiguous()
-    write_atomic(run.directory / SAMPLES, save({"z": z.cpu(), "label": label}))
+    samples = {"z": z.cpu()}
+    if images.train_labels is not None:
+        samples["label"] = images.train_labels[kept].contiguous()
+    write_atomic(run.directory / SAMPLES, save(samples))
     measure_seconds = time.perf_counter() - began
     return RunRecord(
         "complete",

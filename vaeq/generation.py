@@ -91,22 +91,30 @@ class Decoder:
         """Samples of every source in the features of a classifier kept in ``cache``.
 
         Against grey levels, also where the encoder sees binary pixels: samples are grey levels.
-        Returns the estimates, and which classifier it was: distances compare under one alone.
+        Returns the estimates, and which classifier it was: distances compare under one alone. They
+        are missing, with the reason, for images that it was not made for.
         """
         images = self.images
         train, test = images.train, images.test
         sources = samplers(self.posterior, ex_post)
-        try:
-            classifier = load_classifier(
-                cache, train, images.train_labels, test, images.test_labels, data_md5=images.md5
-            )
-        except InputError as error:
-            return missing_quality([*sources, FLOOR], str(error)), {}
+        reason = _no_classifier(images)
+        if reason is None:
+            assert images.train_labels is not None
+            assert images.test_labels is not None
+            labels = images.train_labels, images.test_labels
+            try:
+                classifier = load_classifier(
+                    cache, train, labels[0], test, labels[1], data_md5=images.md5
+                )
+            except InputError as error:
+                reason = str(error)
+        if reason is not None:
+            return missing_quality([*sources, FLOOR], reason), {}
         found = sample_quality(self.decode, sources, train, test, classifier, generator)
         return found, {"accuracy": classifier.accuracy, "checksum": classifier.checksum}
 
     def pictures(self, ex_post: ExPost, generator: torch.Generator) -> dict[str, Tensor]:
-        """Small sets of uint8 images (n, height, width) by name, for the report."""
+        """Small sets of uint8 images (n, height, width) or (n, height, width, 3) by name."""
         flat = {
             name: as_uint8(decode_means(self.decode, sampler(SHOWN, generator)))
             for name, sampler in samplers(self.posterior, ex_post).items()
@@ -115,7 +123,7 @@ class Decoder:
         flat["interpolations"] = self.interpolations(PAIRS, STEPS)
         if self.codes[0].shape[1] == 2:
             flat["plane"] = self.plane(PLANE_SIDE)
-        return {name: square(images) for name, images in flat.items()}
+        return {name: self.images.unflatten(images) for name, images in flat.items()}
 
     def reconstructions(self, count: int) -> tuple[Tensor, Tensor]:
         """The first held-out images, and what comes back from the means of their codes."""
@@ -136,8 +144,14 @@ class Decoder:
         return as_uint8(latent_plane(self.decode, mean.shape[1], side, device=mean.device))
 
 
-def square(images: Tensor) -> Tensor:
-    """Rows of pixels as square images, or as one line each where they are not square."""
-    side = round(images.shape[1] ** 0.5)
-    height = side if side * side == images.shape[1] else 1
-    return images.unflatten(1, (height, -1)).cpu().contiguous()
+def _no_classifier(images: Images) -> str | None:
+    """Why no digit classifier can be trained on these images; None where one can."""
+    if images.shape != (28, 28):
+        size = " x ".join(map(str, images.shape))
+        return f"the classifier takes grey images of 28 x 28 pixels, and these are {size}"
+    for name, labels in (("training", images.train_labels), ("held-out", images.test_labels)):
+        if labels is None:
+            return f"the {name} images have no labels to train a classifier with"
+        if not 0 <= int(labels.min()) <= int(labels.max()) <= 9:
+            return "the classifier tells ten classes, 0 to 9, apart, and the labels have others"
+    return None

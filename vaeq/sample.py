@@ -17,7 +17,7 @@ from vaeq.config import SampleConfig, config_hash, run_config
 from vaeq.ensemble import encode_all
 from vaeq.errors import InputError
 from vaeq.experiment import build, prepare
-from vaeq.generation import Decoder, square
+from vaeq.generation import Decoder
 from vaeq.record import RECORD, read_record, require_writable, write_atomic
 from vaeq.samplers import as_uint8, decode_means, samplers
 from vaeq.seeds import derive_seed
@@ -31,7 +31,7 @@ _ROW = 20
 def sample(config: SampleConfig) -> list[Path]:
     """Draw what the config asks for; returns the PNG and the .npz that were written.
 
-    The .npz holds ``images`` (n, height, width) uint8 and, for samples, their codes ``z``.
+    The .npz holds ``images`` (n, height, width[, 3]) uint8 and, for samples, their codes ``z``.
 
     Raises:
         InputError: no finished run lies there, its data are others, the folder cannot be written.
@@ -47,8 +47,9 @@ def sample(config: SampleConfig) -> list[Path]:
     if config.picture == "samples":
         columns = math.ceil(math.sqrt(len(images)))
     shown, packed = io.BytesIO(), io.BytesIO()
-    Image.fromarray(contact_sheet(square(images).numpy(), columns)).save(shown, "PNG")
-    arrays: dict[str, Any] = {"images": square(images).numpy(), **codes}
+    pictures = decoder.images.unflatten(images).numpy()
+    Image.fromarray(contact_sheet(pictures, columns)).save(shown, "PNG")
+    arrays: dict[str, Any] = {"images": pictures, **codes}
     np.savez_compressed(packed, **arrays)
     paths = [output / f"{name}.png", output / f"{name}.npz"]
     for path, content in zip(paths, (shown, packed), strict=True):
@@ -57,10 +58,11 @@ def sample(config: SampleConfig) -> list[Path]:
 
 
 def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images (n, height, width) in rows of so many, in a grey frame two pixels wide."""
-    n, height, width = images.shape
+    """Images (n, height, width[, 3]) in rows of so many, in a grey frame two pixels wide."""
+    n, height, width, *colours = images.shape
     rows = math.ceil(n / columns)
-    sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2), 128, np.uint8)
+    shape = (rows * (height + 2) + 2, columns * (width + 2) + 2, *colours)
+    sheet = np.full(shape, 128, np.uint8)
     for i, image in enumerate(images):
         top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
         sheet[top : top + height, left : left + width] = image

@@ -38,7 +38,7 @@ class FigureError(Exception):
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes, or one picture of grey levels.
+    """One pair of axes, or one picture.
 
     Args:
         title: a few words above it.
@@ -46,7 +46,7 @@ class Panel:
         draw: draws into axes of ``width`` × ``height`` inches, margins included.
         left: inches for the labels of the y axis.
         top: inches for a legend above the axes, ``legend_room``.
-        picture: (h, w) grey levels, shown as they are in place of axes.
+        picture: (h, w) grey levels or (h, w, 3) colours, shown as they are in place of axes.
     """
 
     title: str
@@ -78,7 +78,7 @@ def svg(panel: Panel, salt: str) -> str:
     """A panel as inline markup; ``salt`` keeps its ids apart from those of other panels."""
     if panel.picture is not None:
         data = base64.b64encode(_png_of(panel.picture)).decode()
-        height, width = panel.picture.shape
+        height, width = panel.picture.shape[:2]
         return (
             f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
             f'alt="{escape(panel.alt)}">'

@@ -79,16 +79,18 @@ def read_samples(run: Run) -> Samples:
 
 
 def read_pictures(run: Run) -> dict[str, npt.NDArray[np.uint8]]:
-    """Grey pictures by name, each (n, h, w); FigureError if there are none that can be used."""
+    """Pictures by name, (n, h, w) or (n, h, w, 3); FigureError if none can be used."""
     where = f"pictures.safetensors of {one_line(run.name)}"
     arrays = _read(run.directory / PICTURES, where)
     found = {
         name: np.asarray(array, dtype=np.uint8)
         for name, array in arrays.items()
-        if array.ndim == 3 and array.dtype == np.uint8 and array.size
+        if (array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 3))
+        and array.dtype == np.uint8
+        and array.size
     }
     if not found:
-        raise FigureError(f"{where} holds no grey pictures")
+        raise FigureError(f"{where} holds no pictures")
     return found
 
 
@@ -119,10 +121,11 @@ def _read(path: Path, where: str) -> dict[str, npt.NDArray[np.generic]]:
 
 
 def montage(pictures: Picture, columns: int, gap: int = 1) -> Picture:
-    """(n, h, w) pictures as one, row by row, a grey line between them."""
-    n, height, width = pictures.shape
+    """(n, h, w[, 3]) pictures as one, row by row, a grey line between them."""
+    n, height, width, *colours = pictures.shape
     rows = math.ceil(n / columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap), 96, np.uint8)
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, *colours)
+    sheet = np.full(shape, 96, np.uint8)
     for i, picture in enumerate(pictures):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = picture
