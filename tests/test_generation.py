@@ -21,10 +21,12 @@ def finished(config: RunConfig) -> tuple[RunRecord, dict[str, float]]:
 
 def test_the_likelihood_and_what_a_better_prior_would_gain(tiny: RunConfig) -> None:
     asked = GenerationConfig(n_importance=50, likelihood_images=200, ais_images=4, quality=False)
-    _, value = finished(replace(tiny, epochs=4, generation=asked))
-    # Both over all 200 held-out images, each with its own draws.
+    record, value = finished(replace(tiny, epochs=4, generation=asked))
+    # All over the 200 held-out images; elbo has draws of its own.
+    names = ("log_likelihood", "elbo", "inference_gap")
+    error = sum(record.estimates[name]["std_error"] ** 2 for name in names) ** 0.5
     gap = value["log_likelihood"] - value["elbo"]
-    assert gap == pytest.approx(value["inference_gap"], abs=0.5)
+    assert gap == pytest.approx(value["inference_gap"], abs=4 * error)
     assert value["inference_gap"] > 0
     cost = value["log_likelihood_ex_post"] - value["log_likelihood"]
     assert cost == pytest.approx(value["prior_cost"], abs=1e-9)
