@@ -329,6 +329,13 @@ class RunConfig:
         pattern_words="a plain folder name of letters, digits, '_', '.', '+' and '-'",
         science=False,
     )
+    logger: str = key(
+        "none",
+        "also show the run in a tracker, on this machine alone: scalars by epoch, estimates, "
+        "figures; needs vaeq[tensorboard], vaeq[trackio] or vaeq[wandb]",
+        choices=("none", "tensorboard", "trackio", "wandb_offline"),
+        science=False,
+    )
     data: DataConfig = field(default_factory=DataConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)

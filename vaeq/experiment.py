@@ -52,6 +52,7 @@ from vaeq.record import (
 )
 from vaeq.samplers import SOURCES
 from vaeq.seeds import derive_seed
+from vaeq.trackers import Log, require
 from vaeq.train import Recipe, State, fit_together
 
 Notify = Callable[[Event], None]
@@ -69,11 +70,12 @@ def _images(data: DataConfig, device: torch.device) -> Images:
 
 
 def prepare(config: RunConfig) -> tuple[str, Images]:
-    """What a run needs from outside: its precision, and its images on its device.
+    """What a run needs from outside: its precision, and its images on its device; its tracker.
 
     Raises:
         InputError: before anything is written.
     """
+    require(config)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     return precision, _images(config.data, device)
@@ -113,6 +115,7 @@ class _Run:
     notify: Notify
     history: list[dict[str, float]]  # one row an epoch, growing
     first: int  # epochs it had when this process took it up
+    log: Log
     _state: State | None
 
     @property
@@ -226,7 +229,9 @@ def _begin(
     state = _resume(config, directory, images, notify) if config.model == "mlp" else None
     history = state.history if state is not None else []
     provenance = _provenance(images, precision, threads)
-    return _Run(config, directory, images, provenance, notify, history, len(history), state)
+    log = Log(config, history, lambda text: notify(Event("note", run_name(config), message=text)))
+    locks.callback(log.close)
+    return _Run(config, directory, images, provenance, notify, history, len(history), log, state)
 
 
 def _provenance(images: Images, precision: str, threads: int) -> dict[str, Any]:
@@ -306,6 +311,7 @@ def _train(runs: Sequence[_Run]) -> list[Exception | None]:
     def on_epoch(i: int) -> None:
         keepers[i].epoch_done()
         history = runs[i].history
+        runs[i].log.epoch(history[-1])
         runs[i].tell("epoch", len(history), elbo=history[-1]["test_elbo"])
 
     for run in runs:
@@ -353,6 +359,7 @@ def _finish(run: _Run, measured: Callable[[], RunRecord]) -> RunRecord | Excepti
         return error
     write_record(run.directory, record)
     write_status(run.directory, "complete", len(run.history), run.config.epochs)
+    run.log.finish(record.estimates, len(run.history))
     run.notify(Event("complete", run.name, message=summary(record)))
     return record
 
@@ -383,6 +390,8 @@ def _measure_ppca(run: _Run) -> RunRecord:
         {"epoch": i, "train_elbo": value} for i, value in enumerate(model.log_likelihood)
     )
     write_history(run.directory, run.history)
+    for row in run.history:
+        run.log.epoch(row)
     noise = torch.tensor(model.noise_variance, dtype=torch.float64)
     weights = {"mean": model.mean, "weight": model.weight, "noise_variance": noise}
     write_atomic(run.directory / FILE, save({name: v.contiguous() for name, v in weights.items()}))

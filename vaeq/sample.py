@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def load_decoder(directory: Path) -> Decoder:
     config = run_config(record.config)
     if config.model == "ppca":
         raise InputError(f"{directory} is a ppca run; samples are drawn from model=mlp.")
-    _, images = prepare(config)
+    _, images = prepare(replace(config, logger="none"))
     if images.md5 != record.provenance["data"]["md5"]:
         raise InputError(f"data={config.data.name} is not what {directory} was trained on.")
     state = build(config, images)

@@ -91,7 +91,7 @@ def svg(panel: Panel, salt: str) -> str:
     return _inline(stream.getvalue(), panel.alt)
 
 
-def files(drawing: Drawing) -> dict[str, bytes]:
+def files(drawing: Drawing, kinds: Sequence[str] = ("png", "pdf")) -> dict[str, bytes]:
     """The whole drawing as PNG and PDF, by suffix; equal bytes for equal numbers."""
     width = max(sum(panel.width for panel in row) for row in drawing.rows)
     heights = [max(panel.height for panel in row) + _PANEL_HEAD for row in drawing.rows]
@@ -111,10 +111,11 @@ def files(drawing: Drawing) -> dict[str, bytes]:
                             size=10, va="top")  # fmt: skip
                 left += panel.width
             top += row_height
-        return {
-            "png": _save(figure, "png", {"Software": None}),
-            "pdf": _save(figure, "pdf", {"CreationDate": None, "Producer": None, "Creator": None}),
+        unnamed: dict[str, dict[str, Any]] = {
+            "png": {"Software": None},
+            "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
         }
+        return {kind: _save(figure, kind, unnamed[kind]) for kind in kinds}
 
 
 def style(salt: str) -> AbstractContextManager[None]:
