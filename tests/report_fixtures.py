@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from vaeq.checksum import BLANK, digest, file_digest, sealed
+from vaeq.config import SCHEMA_VERSION
+
 LOG_N = math.log(60_000)
 
 # kl_per_image, mutual_information, moment_kl, active units, bracket: an MLP 2×500 on MNIST.
@@ -154,6 +157,7 @@ def write_pictures(directory: Path, latent_dim: int, side: int = 28, n: int = 64
     if latent_dim == 2:
         pictures["plane"] = blobs(400)
     save_file(pictures, directory / "pictures.safetensors", {"interpolation_steps": "10"})
+    list_files(directory)
 
 
 def full_sweep(
@@ -215,10 +219,11 @@ def record_of(config: dict[str, Any], estimates: dict[str, dict]) -> dict[str, A
     dim = config["latent_dim"]
     mean = estimates.get("dimension_kl_mean", {}).get("value") or 0.01
     return {
-        "schema_version": 2,
+        "schema_version": SCHEMA_VERSION,
         "state": "complete",
         "config": config,
-        "config_hash": f"{abs(hash(json.dumps(config))):064x}",
+        # As the names of the folders below have it.
+        "config_hash": f"0123abcd{digest(json.dumps(config))[8:]}",
         "provenance": {
             "vaeq": "0.1.0",
             "torch": "2.9.0",
@@ -237,6 +242,7 @@ def record_of(config: dict[str, Any], estimates: dict[str, dict]) -> dict[str, A
             ],
         },
         "curves": {},
+        "files": {},
     }
 
 
@@ -270,14 +276,21 @@ def write_run(
 
 def write_status(directory: Path, state: str, epoch: int, epochs: int = 10, **more: Any) -> None:
     """A status.json."""
-    status = {"state": state, "epoch": epoch, "epochs": epochs} | more
+    status = {"state": state, "epoch": epoch, "epochs": epochs, "config_hash": "0123abcd"} | more
     write_json(directory / "status.json", status | {"updated_at": "2025-01-01T00:00:00+00:00"})
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON into a file whose folder is made."""
+    """JSON, sealed, into a file whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_bytes(sealed(json.dumps(content | {"seal": BLANK}).encode()))
+
+
+def list_files(directory: Path) -> None:
+    """Let the record vouch for what lies beside it."""
+    path = directory / "record.json"
+    files = {file.name: file_digest(file) for file in directory.glob("*.safetensors")}
+    write_json(path, json.loads(path.read_bytes()) | {"files": files})
 
 
 def write_samples(directory: Path, latent_dim: int, n: int) -> None:
@@ -287,6 +300,7 @@ def write_samples(directory: Path, latent_dim: int, n: int) -> None:
     label = rng.integers(0, 10, size=n).astype(np.uint8)
     z = centres[label] + 0.45 * rng.normal(size=(n, latent_dim))
     save_file({"z": z.astype(np.float32), "label": label}, directory / "samples.safetensors")
+    list_files(directory)
 
 
 def default_sweep(folder: Path, samples: int = 0) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vaeq.checksum import BLANK, sealed
 from vaeq.config import RunConfig, config_hash
 from vaeq.errors import InputError
 from vaeq.record import (
@@ -74,7 +75,7 @@ def test_a_damaged_record_is_named_with_its_reason(
     write_record(tmp_path, record)
     content = json.loads((tmp_path / RECORD).read_text())
     damage(content)
-    (tmp_path / RECORD).write_text(json.dumps(content))
+    (tmp_path / RECORD).write_bytes(sealed(json.dumps(content | {"seal": BLANK}).encode()))
     with pytest.raises(InputError, match=reason):
         read_record(tmp_path / RECORD)
 
@@ -158,7 +159,7 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path: Pa
 
 
 def test_small_files_are_readable_by_people_and_programs(tmp_path: Path) -> None:
-    write_status(tmp_path, "running", 3, 10)
+    write_status(tmp_path, RunConfig(epochs=10), "running", 3)
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["epoch"], status["epochs"]) == ("running", 3, 10)
     assert status["updated_at"].endswith("+00:00")

@@ -17,11 +17,13 @@ from tests.report_fixtures import (
     config_of,
     default_sweep,
     full_sweep,
+    list_files,
     write_json,
     write_run,
     write_samples,
     write_status,
 )
+from vaeq.config import SCHEMA_VERSION
 from vaeq.errors import InputError
 from vaeq.report import Report, write_report
 from vaeq.report.figures import DRAWINGS
@@ -130,7 +132,12 @@ def test_counts_and_names_of_runs_that_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "late").mkdir()
     write_status(tmp_path / "late", "running", 3)
     failure = {"type": "TrainingDiverged", "message": "the loss is not finite"}
-    record = {"schema_version": 2, "state": "failed", "config": config_of(4, 0), "config_hash": ""}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "state": "failed",
+        "config": config_of(4, 0),
+        "config_hash": "",
+    }
     write_json(tmp_path / "nan" / "record.json", record | {"failure": failure})
     write_status(tmp_path / "nan", "failed", 2)
     (tmp_path / "torn").mkdir()
@@ -215,6 +222,7 @@ def test_unusable_samples_cost_the_figure_alone(
         path.write_bytes(b"\xff" * 20)
     else:
         save_file(arrays, path)
+    list_files(path.parent)
     with pytest.raises(FigureError, match=reason):
         latent_plane(build_table(read_runs([tmp_path])[0]))
 
@@ -232,6 +240,7 @@ def test_the_plane_takes_any_number_of_classes_and_no_labels(tmp_path: Path, cla
     label = (np.arange(300) % classes).astype(np.uint8)
     path = write_run(tmp_path, 2) / "samples.safetensors"
     save_file({"z": z, "label": label} if classes > 1 else {"z": z}, path)
+    list_files(path.parent)
     drawing = latent_plane(build_table(read_runs([tmp_path])[0]))
     assert "<svg" in svg(drawing.rows[0][0], "plane")
 

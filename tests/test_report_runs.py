@@ -22,6 +22,8 @@ from tests.report_fixtures import (
     write_run,
     write_status,
 )
+from vaeq.checksum import BLANK, sealed
+from vaeq.config import SCHEMA_VERSION
 from vaeq.errors import InputError
 from vaeq.record import read_record
 from vaeq.report.folders import newest_experiment
@@ -34,8 +36,8 @@ def good_record() -> dict[str, Any]:
 
 
 def broken(change: str, value: Any) -> str:
-    """A record's text with the entry at a dotted path replaced, or removed where value is None."""
-    record = good_record()
+    """A record's text, to be sealed, with the entry at a dotted path replaced, or removed where value is None."""
+    record = {"seal": BLANK} | good_record()
     *path, last = change.split(".")
     place = record
     for name in path:
@@ -70,6 +72,11 @@ CORRUPTED = {
     "latent_dim text": (broken("config.latent_dim", "2"), "text for config.latent_dim"),
     "seed true": (broken("config.seed", True), "a boolean for config.seed"),
     "no estimates": (broken("estimates", None), "lacks estimates"),
+    "no files": (broken("files", None), "lacks files"),
+    "file a number": (broken("files.x", 3), "a number for files.x"),
+    "no seal": (json.dumps(good_record()), "has no checksum of its own"),
+    "seal of other content": (json.dumps({"seal": "1" * 64} | good_record()).encode(),
+                              "does not match its own checksum"),
     "empty estimates": (broken("estimates", {}), "has no estimates"),
     "estimate a number": (broken("estimates.elbo", -100.0), "estimates.elbo"),
     "value text": (broken("estimates.elbo.value", "-100"), "estimates.elbo.value"),
@@ -89,7 +96,8 @@ def test_a_corrupted_record_is_named_with_the_reason_and_the_rest_goes_on(
     write_run(tmp_path, 2)
     bad = tmp_path / "bad"
     bad.mkdir()
-    (bad / "record.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    data = content if isinstance(content, bytes) else content.encode()
+    (bad / "record.json").write_bytes(sealed(data) if BLANK.encode() in data else data)
     with pytest.raises(InputError):
         read_record(bad / "record.json")
     runs, excluded = read_runs([tmp_path])
@@ -123,7 +131,12 @@ def test_another_schema_version_is_left_out_by_name(tmp_path: Path) -> None:
 def test_failed_and_unfinished_runs_say_what_happened_and_when(tmp_path: Path) -> None:
     failed = tmp_path / "a"
     failure = {"type": "TrainingDiverged", "message": "the loss is\nnot finite"}
-    record = {"schema_version": 2, "state": "failed", "config": config_of(2, 0), "config_hash": ""}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "state": "failed",
+        "config": config_of(2, 0),
+        "config_hash": "",
+    }
     write_json(failed / "record.json", record | {"failure": failure})
     write_status(failed, "failed", 3)
     (tmp_path / "b").mkdir()
@@ -143,13 +156,18 @@ def test_failed_and_unfinished_runs_say_what_happened_and_when(tmp_path: Path) -
         "b": ("failed", "epoch 4 of 10, OSError: disk full"),
         "c": ("unfinished", "epoch 7 of 10, last written 2025-01-01T00:00:00+00:00"),
         "d": ("unfinished", "not started: it has no status.json"),
-        "e": ("unfinished", "status.json is unreadable"),
+        "e": ("unfinished", "status.json is damaged: it has no checksum of its own"),
         "f": ("unreadable", "status.json says complete, but there is no record.json"),
     }
 
 
 def test_a_failed_record_without_details(tmp_path: Path) -> None:
-    record = {"schema_version": 2, "state": "failed", "config": {"epochs": 9}, "config_hash": ""}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "state": "failed",
+        "config": {"epochs": 9},
+        "config_hash": "",
+    }
     write_json(tmp_path / "x" / "record.json", record | {"history": {"epoch": [1, 2]}})
     _, excluded = read_runs([tmp_path])
     assert excluded[0].reason == "epoch 2 of 9, no failure recorded"

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from vaeq.errors import InputError
 
 # Part of every run's hash: raise it when the same settings no longer give the same numbers.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 T = TypeVar("T")
 

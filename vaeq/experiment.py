@@ -18,13 +18,14 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 
 from vaeq import __version__
-from vaeq.checkpoint import FILE, load_checkpoint, save_checkpoint
+from vaeq.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from vaeq.checksum import DamagedFile, UnreadableFile
 from vaeq.codes import CodesWarning
 from vaeq.config import DataConfig, RunConfig, config_hash, identified, run_name
 from vaeq.data import Images, load_images, mean_image
 from vaeq.elbo import held_out_elbo
 from vaeq.ensemble import encode_all
-from vaeq.errors import InputError, Taken, VaeqError
+from vaeq.errors import Taken, VaeqError
 from vaeq.estimate import Estimate
 from vaeq.generation import Decoder
 from vaeq.hardware import resolve_device, resolve_precision
@@ -35,18 +36,22 @@ from vaeq.progress import Event
 from vaeq.quality import FLOOR, missing_quality
 from vaeq.record import (
     CACHE,
+    CHECKPOINT,
+    CONFIG,
+    HISTORY,
     LOCK,
     PICTURES,
     SAMPLES,
     RunRecord,
     columns,
     complete_record,
+    inspect_run,
     require_writable,
     run_directory,
     summary,
-    write_atomic,
     write_config,
     write_history,
+    write_listed,
     write_record,
     write_status,
 )
@@ -116,6 +121,7 @@ class _Run:
     history: list[dict[str, float]]  # one row an epoch, growing
     first: int  # epochs it had when this process took it up
     log: Log
+    files: dict[str, str]  # SHA-256 of those written so far, for the record
     _state: State | None
 
     @property
@@ -179,7 +185,11 @@ def run_ensemble(
     with ExitStack() as locks:
         runs: dict[int, _Run] = {}
         for i, config in enumerate(configs):
-            begun = _begin(config, notify, threads, locks, wait)
+            try:
+                begun: _Run | RunRecord = _begin(config, notify, threads, locks, wait)
+            except UnreadableFile as error:
+                endings[i] = error
+                continue
             if isinstance(begun, RunRecord):
                 endings[i] = begun
             else:
@@ -221,17 +231,32 @@ def _begin(
     except Timeout:
         raise Taken(run_name(config)) from None
     # Another process may have finished it while this one waited for the lock.
-    found = complete_record(directory, config)
-    if found is not None:
+    found, damaged = inspect_run(directory, config)
+    if found is not None and not damaged:
         notify(Event("skipped", run_name(config), message="finished by another process"))
         return found
-    write_config(directory, config)
-    state = _resume(config, directory, images, notify) if config.model == "mlp" else None
+    state = _resume(config, directory, images, damaged) if config.model == "mlp" else None
     history = state.history if state is not None else []
+    if damaged:
+        notify(Event("note", run_name(config), message=_damage_words(damaged, len(history))))
+    # The record of a damaged run stays until a new one takes its place, but vouches for none of the
+    # files that are written from here on: one that is killed goes on from its checkpoint.
+    files = {CONFIG: write_config(directory, config)}
+    if not history:
+        # Of a training that is over; it would contradict the checkpoints to come.
+        (directory / HISTORY).unlink(missing_ok=True)
     provenance = _provenance(images, precision, threads)
     log = Log(config, history, lambda text: notify(Event("note", run_name(config), message=text)))
     locks.callback(log.close)
-    return _Run(config, directory, images, provenance, notify, history, len(history), log, state)
+    first = len(history)
+    return _Run(config, directory, images, provenance, notify, history, first, log, files, state)
+
+
+def _damage_words(damaged: dict[str, str], epochs: int) -> str:
+    """One line: which files are not sound, and what becomes of the run."""
+    words = "; ".join(f"{name} {what.removesuffix('.')}" for name, what in damaged.items())
+    remedy = f"goes on from its checkpoint at epoch {epochs}" if epochs else "is trained again"
+    return f"{words}. The run {remedy}."
 
 
 def _provenance(images: Images, precision: str, threads: int) -> dict[str, Any]:
@@ -253,13 +278,13 @@ def _provenance(images: Images, precision: str, threads: int) -> dict[str, Any]:
     }
 
 
-def _resume(config: RunConfig, directory: Path, images: Images, notify: Notify) -> State:
-    """The state at the last epoch on disk, or at the beginning."""
+def _resume(config: RunConfig, directory: Path, images: Images, damaged: dict[str, str]) -> State:
+    """The state at the last epoch on disk, or at the beginning; why so, in ``damaged``."""
     state = build(config, images)
     try:
         load_checkpoint(directory, state, config_hash(config))
-    except InputError as error:
-        notify(Event("note", run_name(config), message=f"{error} Training afresh."))
+    except DamagedFile as error:
+        damaged.setdefault(CHECKPOINT, str(error).removeprefix(f"{directory / CHECKPOINT} "))
         return build(config, images)
     return state
 
@@ -287,9 +312,10 @@ class _Keeper:
         """Bring the files up to the state, if they are behind."""
         run, state = self._run, self._run.state
         if final or state.epoch > self._kept:
-            save_checkpoint(run.directory, state, config_hash(run.config), final=final)
-            write_history(run.directory, state.history)
-            write_status(run.directory, "running", state.epoch, run.config.epochs)
+            checkpoint = save_checkpoint(run.directory, state, config_hash(run.config), final=final)
+            history = write_history(run.directory, state.history)
+            run.files.update({CHECKPOINT: checkpoint, HISTORY: history})
+            write_status(run.directory, run.config, "running", state.epoch)
             self._kept = state.epoch
 
 
@@ -315,7 +341,7 @@ def _train(runs: Sequence[_Run]) -> list[Exception | None]:
         runs[i].tell("epoch", len(history), elbo=history[-1]["test_elbo"])
 
     for run in runs:
-        write_status(run.directory, "running", run.first, run.config.epochs)
+        write_status(run.directory, run.config, "running", run.first)
         run.tell("start", run.first)
     # Adam's moments of pixels that are seldom lit decay into denormals, which cost 100 cycles each.
     torch.set_flush_denormal(True)
@@ -358,7 +384,7 @@ def _finish(run: _Run, measured: Callable[[], RunRecord]) -> RunRecord | Excepti
         _fail(run, error)
         return error
     write_record(run.directory, record)
-    write_status(run.directory, "complete", len(run.history), run.config.epochs)
+    write_status(run.directory, run.config, "complete", len(run.history))
     run.log.finish(record.estimates, len(run.history))
     run.notify(Event("complete", run.name, message=summary(record)))
     return record
@@ -373,7 +399,7 @@ def _measure_mlp(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord:
     decoder = Decoder(decode, codes, test_codes, images)
     more, settings, pictures = _generate(run, decoder)
     content = save({name: values.cpu() for name, values in pictures.items()})
-    write_atomic(run.directory / PICTURES, content)
+    run.files[PICTURES] = write_listed(run.directory / PICTURES, content)
     seconds = sum(row["seconds"] for row in run.history)
     return _record(run, codes, test_codes, estimates | more, settings, generator, began, seconds)
 
@@ -389,12 +415,12 @@ def _measure_ppca(run: _Run) -> RunRecord:
     run.history.extend(
         {"epoch": i, "train_elbo": value} for i, value in enumerate(model.log_likelihood)
     )
-    write_history(run.directory, run.history)
+    run.files[HISTORY] = write_history(run.directory, run.history)
     for row in run.history:
         run.log.epoch(row)
     noise = torch.tensor(model.noise_variance, dtype=torch.float64)
     weights = {"mean": model.mean, "weight": model.weight, "noise_variance": noise}
-    write_atomic(run.directory / FILE, save({name: v.contiguous() for name, v in weights.items()}))
+    run.files[CHECKPOINT] = save_weights(run.directory, weights, config_hash(run.config))
     seconds = time.perf_counter() - began
     began = time.perf_counter()
     held_out = images.observed("test")
@@ -476,7 +502,7 @@ def _record(
     samples = {"z": z.cpu()}
     if images.train_labels is not None:
         samples["label"] = images.train_labels[kept].contiguous()
-    write_atomic(run.directory / SAMPLES, save(samples))
+    run.files[SAMPLES] = write_listed(run.directory / SAMPLES, save(samples))
     measure_seconds = time.perf_counter() - began
     return RunRecord(
         "complete",
@@ -493,6 +519,7 @@ def _record(
         per_dimension=found["per_dimension"],
         curves=found["curves"],
         settings=found["settings"] | settings,
+        files=dict(run.files),
     )
 
 
@@ -512,4 +539,4 @@ def _fail(run: _Run, error: Exception) -> None:
         failure=failure,
     )
     write_record(run.directory, record)
-    write_status(run.directory, "failed", len(run.history), run.config.epochs, failure=failure)
+    write_status(run.directory, run.config, "failed", len(run.history), failure=failure)

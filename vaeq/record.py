@@ -1,7 +1,7 @@
 """A run on disk: which files, in which state, each written whole or not at all.
 
-A run is complete if and only if its ``record.json`` is valid and says so. No torch here: the report
-and the skipping of finished runs must start at once.
+A run is complete if and only if its ``record.json`` is valid and says so, and every file it lists
+is as it was written. No torch here: the report and the skipping of finished runs start at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vaeq.checksum import (
+    BLANK,
+    DamagedFile,
+    UnreadableFile,
+    check_seal,
+    digest,
+    file_digest,
+    sealed,
+)
 from vaeq.config import SCHEMA_VERSION, RunConfig, config_hash, run_name
 from vaeq.errors import InputError
 from vaeq.schema import read_content
@@ -29,6 +38,7 @@ RECORD = "record.json"
 STATUS = "status.json"
 HISTORY = "history.csv"
 CONFIG = "config.yaml"
+CHECKPOINT = "checkpoint.safetensors"
 # Held by the process that is at the run.
 LOCK = ".lock"
 SAMPLES = "samples.safetensors"
@@ -52,6 +62,8 @@ class RunRecord:
     curves: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     failure: dict[str, str] | None = None
+    # SHA-256 of every other file of a complete run, but for status.json, which changes after it.
+    files: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -96,11 +108,12 @@ def require_writable(folder: Path) -> None:
         ) from None
 
 
-def write_status(directory: Path, state: str, epoch: int, epochs: int, **more: Any) -> None:
+def write_status(directory: Path, config: RunConfig, state: str, epoch: int, **more: Any) -> None:
     """``status.json``: what a person or a report sees of a run that has no record yet."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    status = {"state": state, "epoch": epoch, "epochs": epochs, "updated_at": now, **more}
-    write_atomic(directory / STATUS, dump(status))
+    progress = {"state": state, "epoch": epoch, "epochs": config.epochs, "updated_at": now}
+    content = {"seal": BLANK, "config_hash": config_hash(config), **progress, **more}
+    write_atomic(directory / STATUS, sealed(dump(content).encode()))
 
 
 def read_status(directory: Path) -> dict[str, Any]:
@@ -112,26 +125,38 @@ def read_status(directory: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def write_config(directory: Path, config: RunConfig) -> None:
-    """``config.yaml``: the resolved settings."""
-    write_atomic(directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+def write_config(directory: Path, config: RunConfig) -> str:
+    """``config.yaml``: the resolved settings. Returns its SHA-256."""
+    head = f"# seal: {BLANK}\n# config_hash: {config_hash(config)}\n"
+    settings = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    return write_listed(directory / CONFIG, sealed((head + settings).encode()))
 
 
-def write_history(directory: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """``history.csv``: one row an epoch."""
+def write_history(directory: Path, history: Sequence[Mapping[str, float]]) -> str:
+    """``history.csv``: one row an epoch. Returns its SHA-256."""
+    return write_listed(directory / HISTORY, _history_text(history).encode())
+
+
+def _history_text(history: Sequence[Mapping[str, float]]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(history[0]) if history else ["epoch"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    write_atomic(directory / HISTORY, stream.getvalue())
+    return stream.getvalue()
+
+
+def write_listed(path: Path, content: bytes) -> str:
+    """Write a file that the record will list; returns the SHA-256 of what is meant to be in it."""
+    write_atomic(path, content)
+    return digest(content)
 
 
 def write_record(directory: Path, record: RunRecord) -> None:
-    """``record.json``, the last file of a run."""
-    content = asdict(record)
+    """``record.json``, the last file of a run: it vouches for the others."""
+    content = {"seal": BLANK, **asdict(record)}
     if record.failure is None:
         del content["failure"]
-    write_atomic(directory / RECORD, dump(content))
+    write_atomic(directory / RECORD, sealed(dump(content).encode()))
 
 
 def read_record(path: Path) -> RunRecord:
@@ -139,10 +164,13 @@ def read_record(path: Path) -> RunRecord:
 
     Raises:
         SchemaError: it was written under another schema version.
-        InputError: it cannot be read, is not JSON, or lacks or mistypes a key. The text says what
-            is wrong and leaves the path to the caller: ``is empty: truncated or overwritten``.
+        InputError: it cannot be read, does not match its checksum, is not JSON, or lacks or
+            mistypes a key. The text says what is wrong and leaves the path to the caller: ``is
+            empty: truncated or overwritten``.
     """
-    return RunRecord(**read_content(path))
+    content = read_content(path)
+    del content["seal"]
+    return RunRecord(**content)
 
 
 def summary(record: RunRecord) -> str:
@@ -155,13 +183,118 @@ def summary(record: RunRecord) -> str:
 
 
 def complete_record(directory: Path, config: RunConfig) -> RunRecord | None:
-    """The record of a finished run of exactly this configuration, or None."""
+    """The record of a finished run of exactly this configuration, all of whose files are sound."""
     try:
-        record = read_record(directory / RECORD)
+        record, damaged = inspect_run(directory, config)
     except InputError:
         return None
-    matches = record.state == "complete" and record.config_hash == config_hash(config)
-    return record if matches else None
+    return None if damaged else record
+
+
+def inspect_run(directory: Path, config: RunConfig) -> tuple[RunRecord | None, dict[str, str]]:
+    """The record of a finished run if there is one, and the files of the run that are not sound.
+
+    A record vouches for every file it lists. Without one, ``config.yaml``, ``status.json`` and the
+    checkpoint are held against their own checksums, and ``history.csv`` against the checkpoint;
+    ``samples.safetensors`` and ``pictures.safetensors`` are then read by nobody.
+
+    Returns:
+        The record, if it is sound, complete and of this configuration; by name of the file, what
+        is wrong with it.
+
+    Raises:
+        UnreadableFile: the system does not hand a file out.
+    """
+    owner = config_hash(config)
+    try:
+        record, damaged = _own_record(directory, owner)
+        found = _unlisted(directory, owner) if record is None else _listed(directory, record)
+        damaged |= dict(found) | dict(_unsealed(directory, STATUS, owner))
+    except OSError as error:
+        what = f"{error.filename} cannot be read ({error.strerror})"
+        raise UnreadableFile(f"{what}; make it readable, or delete it.") from None
+    return record, damaged
+
+
+def read_listed(directory: Path, name: str, files: Mapping[str, str]) -> bytes:
+    """The content of a file that a record lists, as it was written.
+
+    Raises:
+        DamagedFile: it is something else; the text names it and says what makes it again.
+        OSError: it does not exist, is not listed, or cannot be read.
+    """
+    if name not in files:
+        raise FileNotFoundError(f"{RECORD} lists no {name}")
+    content = (directory / name).read_bytes()
+    if digest(content) != files[name]:
+        raise DamagedFile(
+            f"{directory / name} is not as {RECORD} lists it: damaged or replaced; "
+            "the same vaeq train or sweep makes it again"
+        )
+    return content
+
+
+def _own_record(directory: Path, owner: str) -> tuple[RunRecord | None, dict[str, str]]:
+    """The record of a run if it is sound, complete and its own, and what else is wrong with it."""
+    path = directory / RECORD
+    if not path.exists():
+        return None, {}
+    try:
+        record = read_record(path)
+        if record.config_hash != owner:
+            raise DamagedFile("belongs to another run")
+    except UnreadableFile as error:
+        raise UnreadableFile(f"{path} {error}; make it readable, or delete it.") from None
+    except InputError as error:
+        return None, {RECORD: str(error)}
+    return (record if record.state == "complete" else None), {}
+
+
+def _listed(directory: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
+    """Files that are not those a record lists."""
+    for name, expected in record.files.items():
+        try:
+            found = file_digest(directory / name)
+        except FileNotFoundError:
+            yield name, "is missing"
+        else:
+            if found != expected:
+                yield name, f"is not as {RECORD} lists it: damaged or replaced"
+
+
+def _unlisted(directory: Path, owner: str) -> Iterator[tuple[str, str]]:
+    """Files of an unfinished run that contradict themselves or each other."""
+    yield from _unsealed(directory, CONFIG, owner)
+    damage = dict(_unsealed(directory, CHECKPOINT, owner))
+    yield from damage.items()
+    if not damage and not _history_agrees(directory):
+        yield HISTORY, f"is damaged: it does not agree with {CHECKPOINT}"
+
+
+def _unsealed(directory: Path, name: str, owner: str) -> Iterator[tuple[str, str]]:
+    """The file of that name, if it is there and does not bear out its own checksum."""
+    try:
+        check_seal((directory / name).read_bytes(), owner)
+    except FileNotFoundError:
+        pass
+    except DamagedFile as error:
+        yield name, str(error)
+
+
+def _history_agrees(directory: Path) -> bool:
+    """Does ``history.csv`` hold the history of the checkpoint, or of an earlier one?
+
+    It is written after the checkpoint: a process that was killed in between leaves it behind.
+    """
+    if not (directory / CHECKPOINT).exists() or not (directory / HISTORY).exists():
+        return True
+    from safetensors import safe_open
+
+    with safe_open(directory / CHECKPOINT, framework="numpy") as file:
+        history = json.loads(file.metadata().get("history", "[]"))
+    found = (directory / HISTORY).read_bytes()
+    epochs = found.count(b"\n") - 1
+    return not history or (epochs > 0 and found == _history_text(history[:epochs]).encode())
 
 
 def columns(rows: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:

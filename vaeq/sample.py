@@ -19,7 +19,14 @@ from vaeq.ensemble import encode_all
 from vaeq.errors import InputError
 from vaeq.experiment import build, prepare
 from vaeq.generation import Decoder
-from vaeq.record import RECORD, read_record, require_writable, write_atomic
+from vaeq.record import (
+    CHECKPOINT,
+    RECORD,
+    read_listed,
+    read_record,
+    require_writable,
+    write_atomic,
+)
 from vaeq.samplers import as_uint8, decode_means, samplers
 from vaeq.seeds import derive_seed
 
@@ -74,7 +81,7 @@ def load_decoder(directory: Path) -> Decoder:
     """The decoder of a finished run, with the codes of its images.
 
     Raises:
-        InputError: there is no finished run, or its checkpoint or data are others.
+        InputError: there is no finished run, its checkpoint is damaged, or its data are others.
     """
     try:
         record = read_record(directory / RECORD)
@@ -89,9 +96,13 @@ def load_decoder(directory: Path) -> Decoder:
     if images.md5 != record.provenance["data"]["md5"]:
         raise InputError(f"data={config.data.name} is not what {directory} was trained on.")
     state = build(config, images)
+    try:
+        read_listed(directory, CHECKPOINT, record.files)
+    except FileNotFoundError:
+        raise InputError(f"{directory} has no {CHECKPOINT}; train it again.") from None
+    except OSError as error:
+        raise InputError(f"{directory / CHECKPOINT} cannot be read: {error.strerror}.") from None
     load_checkpoint(directory, state, config_hash(config))
-    if state.epoch == 0:
-        raise InputError(f"{directory} has no checkpoint.safetensors; train it again.")
     codes, test_codes = (encode_all([state.vae], images.observed(p))[0] for p in ("train", "test"))
     return Decoder(state.vae.decode, codes, test_codes, images)
 

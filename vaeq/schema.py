@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vaeq.checksum import DamagedFile, UnreadableFile, check_seal, is_sealed
 from vaeq.config import SCHEMA_VERSION
 from vaeq.errors import InputError, one_line
 
@@ -22,12 +23,22 @@ _PARTS = (
     "curves",
     "settings",
     "failure",
+    "files",
 )
-_KNOWN = ("schema_version", "state", "config", "config_hash", *_PARTS)
+_KNOWN = ("seal", "schema_version", "state", "config", "config_hash", *_PARTS)
 
 
 class SchemaError(InputError):
     """A record written under another schema version: its numbers may mean something else."""
+
+    def __init__(self, version: int) -> None:
+        whose, remedy = "an older", "makes the run anew with the same vaeq train or sweep"
+        if version > SCHEMA_VERSION:
+            whose, remedy = "a newer", "must be updated to read it"
+        super().__init__(
+            f"has schema_version {version}, of {whose} vaeq; "
+            f"this one reads {SCHEMA_VERSION} and {remedy}"
+        )
 
 
 def read_content(path: Path) -> dict[str, Any]:
@@ -35,22 +46,28 @@ def read_content(path: Path) -> dict[str, Any]:
 
     Raises:
         SchemaError: it was written under another schema version.
-        InputError: it cannot be read, is not JSON, or lacks or mistypes a key; the text says which.
+        UnreadableFile: the system does not hand it out.
+        InputError: it does not match its checksum, is not JSON, or lacks or mistypes a key; the
+            text says which.
     """
     try:
         if path.stat().st_size > LARGEST_RECORD:
             raise InputError(f"is larger than any record ({path.stat().st_size} bytes)")
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        text = path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}") from None
-    except InputError:
-        raise
+        raise UnreadableFile(f"cannot be read: {error.strerror or error}") from None
+    # Records of older versions have no checksum: their version must be read before it is asked for.
+    has_seal = is_sealed(text)
+    if has_seal:
+        check_seal(text)
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
         raise InputError("is nested too deeply to be a record") from None
     except UnicodeDecodeError:
         raise InputError("is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        what = "is empty" if path.stat().st_size == 0 else f"is not valid JSON ({error})"
+        what = "is empty" if not text else f"is not valid JSON ({error})"
         raise InputError(f"{what}: truncated or overwritten") from None
     except ValueError as error:
         raise InputError(f"is not valid JSON ({error})") from None
@@ -60,7 +77,9 @@ def read_content(path: Path) -> dict[str, Any]:
     if type(version) is not int:
         raise InputError("has no integer schema_version")
     if version != SCHEMA_VERSION:
-        raise SchemaError(f"has schema_version {version}; this vaeq reads {SCHEMA_VERSION}")
+        raise SchemaError(version)
+    if not has_seal:
+        raise DamagedFile("is damaged: it has no checksum of its own")
     _check_record(content)
     return content
 
@@ -114,6 +133,8 @@ def _check_record(record: Mapping[str, Any]) -> None:
         return
     for name in ("latent_dim", "seed"):
         _require(config, name, int, "an integer", "config.")
+    for name in _require(record, "files", dict, "an object"):
+        _require(record["files"], name, str, "text", "files.")
     total = record.get("timing", {}).get("total_seconds")
     if total is not None and not is_number(total):
         raise InputError("has no finite number for timing.total_seconds")

@@ -130,4 +130,4 @@ def record_death(config: RunConfig, epoch: int, message: str, *, kind: str = "Wo
     write_record(
         directory, RunRecord("failed", asdict(config), config_hash(config), failure=failure)
     )
-    write_status(directory, "failed", epoch, config.epochs, failure=failure)
+    write_status(directory, config, "failed", epoch, failure=failure)

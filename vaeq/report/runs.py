@@ -6,15 +6,17 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vaeq.checksum import DamagedFile, check_seal
 from vaeq.config import SweepConfig
 from vaeq.errors import InputError, one_line
 from vaeq.estimate import Estimate
-from vaeq.record import RunRecord, read_record
+from vaeq.record import RECORD, STATUS, RunRecord, read_record
 from vaeq.report.folders import MAKE_SOME, SEARCH_DEPTH, find_runs
 from vaeq.schema import SchemaError
 
@@ -38,6 +40,8 @@ class Run:
     history: Mapping[str, Sequence[Any]] = field(default_factory=dict, repr=False)
     curves: Mapping[str, Any] = field(default_factory=dict, repr=False)
     config_hash: str = ""
+    # SHA-256 of the files beside the record, which are believed if they match.
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def value(self, metric: str) -> float | None:
         """The value of a metric, or None where the record has no number for it."""
@@ -106,21 +110,24 @@ def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[Excluded]]:
 
 
 def _read_run(name: str, directory: Path) -> Run | Excluded:
-    status = _read_status(directory / "status.json")
-    path = directory / "record.json"
+    path = directory / RECORD
     os.listdir(directory)  # raises OSError where the directory is closed to us
     if not path.exists():
-        return _without_record(name, directory, status)
+        return _without_record(name, directory)
     try:
         record = read_record(path)
     except SchemaError as error:
-        return Excluded(name, directory, "other schema", f"record.json {error}")
+        return Excluded(name, directory, "other schema", f"{RECORD} {error}")
     except InputError as error:
-        return Excluded(name, directory, "unreadable", f"record.json {error}")
+        return Excluded(name, directory, "unreadable", f"{RECORD} {error}")
+    if _foreign(directory, record.config_hash):
+        return Excluded(name, directory, "unreadable", f"{RECORD} belongs to another run")
     if record.state == "failed":
+        status, problem = _read_status(directory)
         reason = _failure_words(record.failure)
         progress = _progress(status) or _last_epoch(record)
-        return Excluded(name, directory, "failed", ", ".join(filter(None, (progress, reason))))
+        words = ", ".join(filter(None, (progress, reason, problem)))
+        return Excluded(name, directory, "failed", words)
     config = flatten(record.config)
     seconds = record.timing.get("total_seconds")
     return Run(
@@ -136,20 +143,21 @@ def _read_run(name: str, directory: Path) -> Run | Excluded:
         history=record.history,
         curves=record.curves,
         config_hash=record.config_hash,
+        files=record.files,
     )
 
 
-def _without_record(name: str, directory: Path, status: dict[str, Any] | None) -> Excluded:
+def _without_record(name: str, directory: Path) -> Excluded:
+    status, problem = _read_status(directory)
     if status is None:
-        present = (directory / "status.json").exists()
-        reason = "status.json is unreadable" if present else "not started: it has no status.json"
+        reason = problem or f"not started: it has no {STATUS}"
         return Excluded(name, directory, "unfinished", reason)
     state, progress = status.get("state"), _progress(status)
     if state == "failed":
         reason = ", ".join(filter(None, (progress, _failure_words(status.get("failure")))))
         return Excluded(name, directory, "failed", reason)
     if state == "complete":
-        reason = "status.json says complete, but there is no record.json"
+        reason = f"{STATUS} says complete, but there is no {RECORD}"
         return Excluded(name, directory, "unreadable", reason)
     updated = status.get("updated_at")
     when = f"last written {one_line(updated)}" if isinstance(updated, str) else ""
@@ -157,12 +165,32 @@ def _without_record(name: str, directory: Path, status: dict[str, Any] | None) -
     return Excluded(name, directory, "unfinished", reason)
 
 
-def _read_status(path: Path) -> dict[str, Any] | None:
+def _read_status(directory: Path) -> tuple[dict[str, Any] | None, str]:
+    """The content of status.json, or None and what is wrong with it, if it is there."""
     try:
-        status = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return status if isinstance(status, dict) else None
+        text = (directory / STATUS).read_bytes()
+        check_seal(text)
+        status = json.loads(text)
+        if not isinstance(status, dict) or _foreign(directory, status.get("config_hash")):
+            raise DamagedFile("belongs to another run")
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"{STATUS} cannot be read: {error.strerror}"
+    except DamagedFile as error:
+        return None, f"{STATUS} {error}"
+    except (ValueError, RecursionError):
+        return None, f"{STATUS} is not valid JSON"
+    return status, ""
+
+
+def _foreign(directory: Path, config_hash: object) -> bool:
+    """Is this the hash of another configuration than the folder's name tells?
+
+    A folder that was given another name tells none.
+    """
+    told = re.search(r"-([0-9a-f]{8})$", directory.name or directory.resolve().name)
+    return told is not None and not str(config_hash).startswith(told[1])
 
 
 def _progress(status: Mapping[str, Any] | None) -> str:

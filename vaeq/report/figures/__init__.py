@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from vaeq.checksum import DamagedFile
 from vaeq.report.figures import brackets, codes, curves, heat_map, null_bands, pictures
 from vaeq.report.figures.divergence import divergence
 from vaeq.report.figures.drawing import Drawing, FigureError, Panel, files, svg
@@ -33,11 +34,15 @@ DRAWINGS: dict[str, Callable[[Table], Drawing]] = {
 
 
 def draw(table: Table) -> tuple[list[Drawing], dict[str, str]]:
-    """The drawings these runs allow, and by name the reason why another is missing."""
+    """The drawings these runs allow, and by name the reason why another is missing.
+
+    Where a file of a run is damaged no other run takes its place: the figure is missing, and says
+    which file it is.
+    """
     drawings, left_out = [], {}
     for name, make in DRAWINGS.items():
         try:
             drawings.append(make(table))
-        except FigureError as reason:
+        except (FigureError, DamagedFile) as reason:
             left_out[name] = str(reason)
     return drawings, left_out

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from vaeq.checksum import DamagedFile
 from vaeq.errors import one_line
-from vaeq.record import PICTURES
+from vaeq.record import PICTURES, SAMPLES, read_listed
 from vaeq.report.figures.drawing import FigureError, Picture
 from vaeq.report.runs import Run
 from vaeq.report.table import Table
@@ -66,8 +66,8 @@ def runs_words(runs: Sequence[Run]) -> str:
 
 def read_samples(run: Run) -> Samples:
     """The samples a run left behind; FigureError if there are none that can be used."""
-    where = f"samples.safetensors of {one_line(run.name)}"
-    arrays = _read(run.directory / "samples.safetensors", where)
+    where = f"{SAMPLES} of {one_line(run.name)}"
+    arrays = _read(run, SAMPLES, where)
     z, label = arrays.get("z"), arrays.get("label")
     if z is None or z.ndim != 2 or z.shape[0] < 2 or z.shape[1] != run.settings["latent_dim"]:
         raise FigureError(f"{where} holds no array z of shape (n, latent_dim)")
@@ -80,8 +80,8 @@ def read_samples(run: Run) -> Samples:
 
 def read_pictures(run: Run) -> dict[str, npt.NDArray[np.uint8]]:
     """Pictures by name, (n, h, w) or (n, h, w, 3); FigureError if none can be used."""
-    where = f"pictures.safetensors of {one_line(run.name)}"
-    arrays = _read(run.directory / PICTURES, where)
+    where = f"{PICTURES} of {one_line(run.name)}"
+    arrays = _read(run, PICTURES, where)
     found = {
         name: np.asarray(array, dtype=np.uint8)
         for name, array in arrays.items()
@@ -108,14 +108,17 @@ def interpolation_steps(run: Run, n: int) -> int:
     return steps if n % steps == 0 else n
 
 
-def _read(path: Path, where: str) -> dict[str, npt.NDArray[np.generic]]:
+def _read(run: Run, name: str, where: str) -> dict[str, npt.NDArray[np.generic]]:
+    """The arrays of a file that the run's record lists; DamagedFile if it is another."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     try:
-        return dict(load_file(path))
+        return dict(load(read_listed(run.directory, name, run.files)))
     except FileNotFoundError:
         raise FigureError(f"there is no {where}") from None
+    except DamagedFile as error:
+        raise DamagedFile(one_line(str(error))) from None
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise FigureError(f"{where} cannot be read ({one_line(str(error), 80)})") from None
 
