@@ -36,7 +36,10 @@ def good_record() -> dict[str, Any]:
 
 
 def broken(change: str, value: Any) -> str:
-    """A record's text, to be sealed, with the entry at a dotted path replaced, or removed where value is None."""
+    """A record's text with the entry at a dotted path replaced, or removed where value is None.
+
+    It is still to be sealed.
+    """
     record = {"seal": BLANK} | good_record()
     *path, last = change.split(".")
     place = record

@@ -218,9 +218,14 @@ def _sweep_job(cfg: DictConfig) -> None:
     from vaeq.compose import typed
     from vaeq.config import SweepConfig
     from vaeq.experiment import run
+    from vaeq.progress import Event
+
+    def notify(event: Event) -> None:
+        if event.kind == "note":
+            print(f"{event.run}: {event.message}", file=sys.stderr)  # noqa: T201
 
     config = typed(cfg, SweepConfig).run_config()
-    run(config, lambda event: None, config.threads or 1)
+    run(config, notify, config.threads or 1)
 
 
 def _report(cfg: DictConfig) -> None:

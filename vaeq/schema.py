@@ -39,6 +39,7 @@ class SchemaError(InputError):
             f"has schema_version {version}, of {whose} vaeq; "
             f"this one reads {SCHEMA_VERSION} and {remedy}"
         )
+        self.version = version
 
 
 def read_content(path: Path) -> dict[str, Any]:

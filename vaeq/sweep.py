@@ -5,24 +5,30 @@ No torch in this module: a sweep whose runs are all finished must be over in a m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 from rich.console import Console
 
-from vaeq.config import RunConfig, config_hash, run_name
-from vaeq.errors import VaeqError
+from vaeq.config import SCHEMA_VERSION, RunConfig, config_hash, run_name
+from vaeq.errors import InputError, VaeqError
 from vaeq.progress import Event
 from vaeq.record import (
+    RECORD,
     RunRecord,
     complete_record,
+    read_record,
     require_writable,
     run_directory,
     write_config,
     write_record,
     write_status,
 )
+from vaeq.schema import SchemaError
 
 # Failed runs named in the closing sentence; the others were shown when they fell.
 _NAMED = 5
@@ -80,11 +86,14 @@ def run_sweep(
     runs = {run_directory(config): config for config in configs}
     todo: list[RunConfig] = []
     result = SweepResult()
-    for directory, config in runs.items():
-        if complete_record(directory, config) is None:
-            todo.append(config)
-        else:
-            result.skipped.append(run_name(config))
+    # Every file of a finished run is read and hashed, for which Python lets go of its lock.
+    with ThreadPoolExecutor() as threads:
+        records = threads.map(complete_record, runs, runs.values())
+        for config, record in zip(runs.values(), records, strict=True):
+            if record is None:
+                todo.append(config)
+            else:
+                result.skipped.append(run_name(config))
     if result.skipped:
         console.print(
             f"{len(result.skipped)} of {len(runs)} runs are finished and skipped; "
@@ -92,9 +101,42 @@ def run_sweep(
             markup=False,
             highlight=False,
         )
+    for version, n in sorted(other_versions(todo).items()):
+        console.print(
+            f"{n} of the runs to do {'have' if n > 1 else 'has'} a folder of schema_version "
+            f"{version}, whose numbers mean something else than those of {SCHEMA_VERSION}: it "
+            "stays as it is, and the run is trained beside it",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if todo:
         execute(sorted(todo, key=work, reverse=True), result)
     return result
+
+
+def other_versions(configs: Sequence[RunConfig]) -> Counter[int]:
+    """How many of these runs lie beside a record of the same axes under another schema version."""
+    found: Counter[int] = Counter()
+    folders: dict[Path, dict[str, list[Path]]] = {}
+    for config in configs:
+        directory = run_directory(config)
+        parent = directory.parent
+        if parent not in folders:
+            beside = folders.setdefault(parent, {})
+            for path in parent.iterdir() if parent.is_dir() else ():
+                beside.setdefault(path.name.rpartition("-")[0], []).append(path)
+        versions = set()
+        for path in folders[parent].get(directory.name.rpartition("-")[0], ()):
+            if path != directory:
+                try:
+                    read_record(path / RECORD)
+                except SchemaError as error:
+                    versions.add(error.version)
+                except InputError:
+                    pass
+        found.update(versions)
+    return found
 
 
 def require_folders(configs: Sequence[RunConfig]) -> None:
