@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# A Slurm of one node, this machine, for the tests: `slurm_node.sh start DIR`, `slurm_node.sh stop DIR`.
+# A Slurm of one node, this machine, for the tests: `slurm_node.sh DIR` says "ready", and stops the
+# daemons again when its standard input ends, as it does when whoever started it dies.
 #
 # Everything it writes lies in DIR and it listens on loopback alone. SLURM_CONF=DIR/slurm.conf sends
-# sbatch, squeue and scancel there. It needs slurmctld, slurmd, munged and root; it takes a machine
-# on which no other slurmd spools into DIR, and leaves nothing running after stop.
+# sbatch, squeue and scancel there. It needs slurmctld, slurmd, munged and root.
 set -euo pipefail
-command=$1
-folder=$2
+folder=$1
 PATH=$PATH:/usr/sbin:/sbin
 
 start() {
@@ -55,14 +54,15 @@ NodeName=$name NodeAddr=127.0.0.1 CPUs=${SLURM_NODE_CPUS:-2} State=UNKNOWN
 PartitionName=all Nodes=$name Default=YES MaxTime=INFINITE State=UP
 CONF
   export SLURM_CONF=$folder/slurm.conf
-  slurmctld -c
-  slurmd -c
+  # Daemons that inherited these would keep them open.
+  slurmctld -c < /dev/null > /dev/null 2>&1
+  slurmd -c < /dev/null > /dev/null 2>&1
   for _ in $(seq 100); do
     if [ "$(sinfo --noheader --format %T 2>/dev/null)" = idle ]; then return; fi
     sleep 0.1
   done
-  echo "the Slurm node did not come up; see the logs in $folder" >&2
-  stop
+  echo "the Slurm node did not come up:" >&2
+  tail -n 5 "$folder"/*.log >&2
   exit 1
 }
 
@@ -83,8 +83,7 @@ stop() {
   done
 }
 
-case $command in
-start) start ;;
-stop) stop ;;
-*) echo "usage: $0 start|stop DIR" >&2 && exit 2 ;;
-esac
+trap stop EXIT
+start
+echo ready
+cat > /dev/null

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,33 @@ needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="ray 
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Slurm of one node, as the environment in which its commands find it."""
     folder = tmp_path_factory.mktemp("slurm")
-    try:
-        subprocess.run([NODE, "start", folder], check=True, timeout=60)
+    with standing([str(NODE), str(folder)], folder) as word:
+        assert word == "ready"
         yield {"SLURM_CONF": str(folder / "slurm.conf")}
+
+
+@contextmanager
+def standing(command: list[str], folder: Path, **env: str) -> Iterator[str]:
+    """The first line of a program that stands by until its standard input ends."""
+    with (folder / "stderr").open("w") as errors:
+        program = subprocess.Popen(
+            command,
+            env={**os.environ, **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    assert program.stdin is not None
+    assert program.stdout is not None
+    try:
+        word = program.stdout.readline().strip()
+        assert word, (folder / "stderr").read_text()
+        yield word
     finally:
-        subprocess.run([NODE, "stop", folder], check=True, timeout=60)
+        program.stdin.close()
+        program.wait(timeout=60)
+        program.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -229,23 +251,11 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "cluster.add_node(num_cpus=1)\n"
         "print(cluster.address, flush=True)\nsys.stdin.read()\ncluster.shutdown()\n"
     )
-    with (folder / "log").open("w") as log:
-        nodes = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(place)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-    assert nodes.stdin is not None
-    assert nodes.stdout is not None
+    env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(place)}
     try:
-        yield nodes.stdout.readline().strip()
+        with standing([sys.executable, "-c", code], folder, **env) as address:
+            yield address
     finally:
-        nodes.stdin.close()
-        nodes.wait(timeout=60)
-        nodes.stdout.close()
         shutil.rmtree(place, ignore_errors=True)
 
 
