@@ -36,7 +36,10 @@ EXAMPLES = {
         "vaeq sweep experiment=finding hydra/launcher=submitit_slurm hydra.launcher.partition=cpu",
         "vaeq sweep experiment=finding hydra/launcher=ray hydra.launcher.address=auto",
     ),
-    "measure": ("vaeq measure codes=codes.npz output=codes.json",),
+    "measure": (
+        "vaeq measure codes=codes.npz output=codes.json",
+        "vaeq measure codes=FOLDER shards=16 panel=decomposition",
+    ),
     "sample": (
         "vaeq sample run=outputs/default/latent_dim=2,... source=aggregated n=400",
         "vaeq sample run=outputs/default/latent_dim=2,... picture=plane",
@@ -276,6 +279,7 @@ def _measure(cfg: DictConfig) -> None:
             seed=config.seed,
             panel=config.panel,
             flow=config.flow,
+            shards=config.shards,
         )
     for warning in caught:
         print(f"vaeq: warning: {warning.message}", file=sys.stderr)  # noqa: T201

@@ -15,7 +15,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ from vaeq.npy import npz_names, read_npy, read_npz
 
 if TYPE_CHECKING:
     from vaeq.measurement import Measurement
+    from vaeq.shards import ShardedPosterior
 
-_SPREADS = ("logvar", "std", "var")
+SPREADS = ("logvar", "std", "var")
 # Longest first: test_mean.npy is test_mean, and not the mean of something called test_.
 _NAMES = ("test_logvar", "test_mean", "test_std", "test_var", "logvar", "labels", "mean", "std",
           "var")  # fmt: skip
@@ -94,7 +95,11 @@ def as_codes(
         dtype = torch.promote_types(dtype, tensor.dtype)
     device = tensors["mean"].device
     tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-    found = [_suspicion(name, tensors[name]) for name in tensors if name.endswith("logvar")]
+    found = [
+        suspicion(name, tensor.numel(), float(tensor.min()), float(tensor.max()))
+        for name, tensor in tensors.items()
+        if name.endswith("logvar")
+    ]
     return Codes(
         tensors["mean"],
         tensors["logvar"],
@@ -184,14 +189,13 @@ def _labels(labels: Any, images: int) -> torch.Tensor:
     return labels.detach().to(torch.int64)
 
 
-def _suspicion(name: str, logvar: torch.Tensor) -> str | None:
+def suspicion(name: str, count: int, smallest: float, largest: float) -> str | None:
     """A log variance that is positive everywhere is probably a variance or a standard deviation.
 
     KL(q(z|x) ‖ p) is least at variance 1, so a trained encoder has log variances of 0 (collapsed
     dimensions, on either side of it) and below, and positive ones throughout only by mistake.
     """
-    smallest, largest = float(logvar.min()), float(logvar.max())
-    if logvar.numel() < _FEWEST_TO_SUSPECT or smallest <= 0:
+    if count < _FEWEST_TO_SUSPECT or smallest <= 0:
         return None
     prefix = name.removesuffix("logvar")
     return (
@@ -234,18 +238,27 @@ class _Arrays:
 
 def _spread(arrays: _Arrays, prefix: str, text: str) -> Any:
     """log σ² from whichever of logvar, std and var is there; None where none is."""
-    given = [prefix + name for name in _SPREADS if prefix + name in arrays.found]
+    given = [prefix + name for name in SPREADS if prefix + name in arrays.found]
     if not given:
         return None
     if len(given) > 1:
         raise InputError(f"codes={text} has {_listed(given)}; keep one of them.")
-    name = given[0]
+    return log_variance(given[0], arrays.get(given[0]))
+
+
+def log_variance(name: str, values: Any) -> Any:
+    """log σ² from the array of this name, which ends in logvar, std or var.
+
+    Raises:
+        InputError: a standard deviation or a variance is not positive.
+    """
     if name.endswith("logvar"):
-        return arrays.get(name)
-    values = _tensor(name, arrays.get(name))
+        return values
+    values = _tensor(name, values)
     bad = values <= 0
     if bad.any():
         row, column = _first(bad)
+        prefix = name.removesuffix("std").removesuffix("var")
         raise InputError(
             f"{name} must be > 0, got {values[row, column]:g} at [{row}, {column}]; "
             f"if it holds log variances, name it {prefix}logvar."
@@ -263,31 +276,41 @@ def _listed(names: Any) -> str:
 def _read(source: str) -> _Arrays:
     path = Path(source)
     text = one_line(source)
-    if not _exists(path) and "," in source:
-        files = [Path(part.strip()) for part in source.split(",") if part.strip()]
-        return _npy_files({_name_of(file): file for file in files}, text)
+    files = npy_paths(source)
+    if files is not None:
+        return _npy_files(files)
     if not _exists(path):
         raise InputError(
             f"codes={text} does not exist; give a .npz or .safetensors file, a folder of .npy "
             "files, or one of them that ends in mean.npy."
         )
-    if path.is_dir():
-        return _npy_files({file.stem: file for file in sorted(path.glob("*.npy"))}, text)
     suffix = path.suffix.lower()
-    if suffix == ".npy":
-        if _name_of(path) not in ("mean", "test_mean"):
-            raise InputError(
-                f"codes={text} must end in mean.npy; the other arrays are looked for beside it."
-            )
-        prefix = path.stem.removesuffix("mean").removesuffix("test_")
-        beside = {name: path.with_name(f"{prefix}{name}.npy") for name in sorted(_NAMES)}
-        return _npy_files({name: file for name, file in beside.items() if file.exists()}, text)
     if suffix == ".npz":
         return _npz(path, text)
     if suffix == ".safetensors":
         return _safetensors(path, text)
     kind = repr(suffix or "no suffix")
     raise InputError(f"codes={text} must be .npz, .safetensors or .npy, got {kind}.")
+
+
+def npy_paths(source: str) -> dict[str, Path] | None:
+    """The .npy file of each array of a source; None where it is a file of another kind, or none."""
+    path = Path(source)
+    if not _exists(path):
+        listed = [Path(part.strip()) for part in source.split(",") if part.strip()]
+        return {_name_of(file): file for file in listed} if "," in source else None
+    if path.is_dir():
+        return {file.stem: file for file in sorted(path.glob("*.npy"))}
+    if path.suffix.lower() != ".npy":
+        return None
+    if _name_of(path) not in ("mean", "test_mean"):
+        raise InputError(
+            f"codes={one_line(source)} must end in mean.npy; the other arrays are looked for "
+            "beside it."
+        )
+    prefix = path.stem.removesuffix("mean").removesuffix("test_")
+    beside = {name: path.with_name(f"{prefix}{name}.npy") for name in sorted(_NAMES)}
+    return {name: file for name, file in beside.items() if file.exists()}
 
 
 def _exists(path: Path) -> bool:
@@ -302,7 +325,7 @@ def _name_of(file: Path) -> str:
     return next((name for name in _NAMES if file.stem.endswith(name)), file.stem)
 
 
-def _npy_files(files: Mapping[str, Path], text: str) -> _Arrays:
+def _npy_files(files: Mapping[str, Path]) -> _Arrays:
     def get(name: str) -> Any:
         return read_npy(files[name], f"codes={one_line(str(files[name]))}")
 
@@ -336,6 +359,8 @@ def _safetensors(path: Path, text: str) -> _Arrays:
 def measure_file(
     codes: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
+    *,
+    shards: int | None = None,
     **settings: Any,
 ) -> Measurement:
     """Measure a file of codes, and write what was found as JSON.
@@ -343,23 +368,44 @@ def measure_file(
     Args:
         codes: as for :func:`read_codes`.
         output: JSON file to write, whole or not at all; None to write none.
+        shards: parts in which .npy files are read, each by a worker process; see
+            :mod:`vaeq.shards`. None: 1, or as many as the free memory makes necessary.
         settings: of :func:`vaeq.measure`.
 
     Raises:
         InputError: on codes or an output that cannot be used; nothing is written then.
     """
-    from vaeq.measurement import measure
+    from vaeq.measurement import measure, measure_posterior
+    from vaeq.shards import in_shards
 
     target = None if output is None else _writable(Path(output))
-    read = read_codes(codes)
-    found = measure(
-        read.mean, read.logvar, read.test_mean, read.test_logvar, read.labels, **settings
-    )
+    sharded = in_shards(str(codes), shards)
+    if sharded is None:
+        read = read_codes(codes)
+        found = measure(
+            read.mean, read.logvar, read.test_mean, read.test_logvar, read.labels, **settings
+        )
+    else:
+        with sharded as posterior:
+            test = _beside_shards(str(codes), posterior)
+            found = measure_posterior(posterior, test, **settings)
     if target is not None:
         from vaeq.record import dump, write_atomic
 
         write_atomic(target, dump(found.to_dict()))
     return found
+
+
+def _beside_shards(source: str, posterior: ShardedPosterior) -> Codes:
+    """The codes of held-out images and the labels, with one training image for company."""
+    arrays = _read(source)
+    test_mean = arrays.get("test_mean") if "test_mean" in arrays.found else None
+    test_logvar = _spread(arrays, "test_", one_line(source))
+    found = as_codes(*posterior.rows(torch.tensor([0])), test_mean, test_logvar)
+    labels = _labels(arrays.get("labels"), posterior.n) if "labels" in arrays.found else None
+    doubt = suspicion("logvar", posterior.n * posterior.latent_dim, *posterior.logvar_range)
+    own = [text for text in found.suspicions if text.startswith("test_")]
+    return replace(found, labels=labels, suspicions=tuple([doubt] if doubt else []) + tuple(own))
 
 
 def _writable(path: Path) -> Path:

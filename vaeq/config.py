@@ -383,6 +383,14 @@ class CodesConfig(MeasureConfig):
     output: str | None = key(None, "JSON file that receives the numbers; null: print only")
     seed: int = key(0, "seed of everything that is drawn", low=0, high=2**31 - 1)
     threads: int | None = key(None, "CPU threads; null: all cores", low=1, high=1024)
+    shards: int | None = key(
+        None,
+        "parts in which .npy files are read, so that no process holds more than one; null: 1, or "
+        "as many as the free memory makes necessary",
+        unit="parts",
+        low=1,
+        high=100_000,
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -52,3 +53,33 @@ def _cpu_flags() -> set[str]:
         return set()
     flags = [line.partition(":")[2].split() for line in lines if line.startswith("flags")]
     return set(flags[0]) if flags else set()
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes this process may still take: what the machine has free, and its control groups allow.
+
+    Where neither says anything it is 2^63.
+    """
+    free = [2**63]
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, ValueError, IndexError):
+        return min(free)
+    for group in groups:
+        number, controllers, path = group.split(":", 2)
+        if number == "0":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = Path(path.lstrip("/"))
+        for folder in {base / own, *(base / parent for parent in own.parents), base}:
+            with contextlib.suppress(OSError, ValueError):  # no limit here, or it is "max"
+                limit, used = (int((folder / name).read_text()) for name in names)
+                free.append(max(0, limit - used))
+    return min(free)

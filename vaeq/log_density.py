@@ -54,12 +54,15 @@ class MixtureLogDensity:
     Args:
         mean: μ, shape (N, D), float32 or float64.
         logvar: log σ², likewise.
+        centre: origin of the arithmetic, shape (D,), float64; None: the mean of the codes.
     """
 
-    def __init__(self, mean: torch.Tensor, logvar: torch.Tensor) -> None:
+    def __init__(
+        self, mean: torch.Tensor, logvar: torch.Tensor, centre: torch.Tensor | None = None
+    ) -> None:
         self._mean = mean.detach()
         self._logvar = logvar.detach()
-        self._centre = sum_rows(self._mean) / len(mean)
+        self._centre = sum_rows(self._mean) / len(mean) if centre is None else centre
         single, double, extreme = self._conditioning()
         narrow = (single > _LIMIT[torch.float32]) | (mean.dtype == torch.float64)
         narrow |= extreme > _EXTREME

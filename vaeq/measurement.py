@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vaeq.codes import as_codes, warn_of
+from vaeq.codes import Codes, as_codes, warn_of
 from vaeq.divergence import decompose, marginals
 from vaeq.divergence.bracket import population_bracket
 from vaeq.divergence.classes import class_kl
@@ -116,13 +116,37 @@ def measure(
     Warns:
         CodesWarning: where a variance seems to have been given as logvar.
     """
+    codes = as_codes(mean, logvar, test_mean, test_logvar, labels)
+    return measure_posterior(
+        AggregatedPosterior(codes.mean, codes.logvar),
+        codes,
+        n_samples=n_samples,
+        seed=seed,
+        panel=panel,
+        flow=flow,
+    )
+
+
+def measure_posterior(
+    posterior: AggregatedPosterior,
+    codes: Codes,
+    *,
+    n_samples: int = 10_000,
+    seed: int = 0,
+    panel: str = "full",
+    flow: bool = False,
+) -> Measurement:
+    """As :func:`measure`, for an aggregated posterior that need not be in memory.
+
+    Args:
+        posterior: of the training images; a :class:`vaeq.shards.ShardedPosterior`, for example.
+        codes: its held-out codes, its labels and what is suspicious about them.
+    """
     if panel not in PANELS:
         raise InputError(f"panel must be one of {', '.join(PANELS)}, got {panel!r}.")
     if n_samples < 1:
         raise InputError(f"n_samples must be >= 1, got {n_samples}.")
-    codes = as_codes(mean, logvar, test_mean, test_logvar, labels)
-    warn_of(codes)
-    posterior = AggregatedPosterior(codes.mean, codes.logvar)
+    warn_of(codes, stacklevel=3)
 
     def stream(part: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(seed, part))

@@ -11,6 +11,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -114,8 +115,60 @@ def _explained(read: Callable[[], T], label: str) -> T:
         ) from None
 
 
-def _read(stream: IO[bytes], size: int, label: str) -> npt.NDArray[Any]:
-    """The array in ``size`` bytes of a stream."""
+@dataclass(frozen=True)
+class NpyRows:
+    """A matrix in a .npy file of any size, of which some rows at a time are read.
+
+    Args:
+        path: the file.
+        label: as for :func:`read_npy`.
+
+    Raises:
+        InputError: as for :func:`read_npy`, or it is no matrix that lies row by row.
+    """
+
+    path: Path
+    label: str
+    shape: tuple[int, int] = field(init=False)
+    dtype: np.dtype[Any] = field(init=False)
+    _start: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        def read() -> tuple[Any, ...]:
+            size = require_regular(self.path)
+            with self.path.open("rb") as stream:
+                return (*_header(stream, size, self.label), stream.tell())
+
+        shape, fortran_order, dtype, start = _explained(read, self.label)
+        if len(shape) != 2 or min(shape) < 1 or (fortran_order and min(shape) > 1):
+            raise InputError(
+                f"{self.label} must have shape (N, D), a row an image, and lie row by row, got "
+                f"shape {shape}{', column by column' if fortran_order else ''}."
+            )
+        for name, value in (("shape", shape), ("dtype", dtype), ("_start", start)):
+            object.__setattr__(self, name, value)
+
+    def read(self, rows: range | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Some rows, in their order; a range must have step 1."""
+        result = np.empty((len(rows), self.shape[1]), self.dtype)
+        width = self.dtype.itemsize * self.shape[1]
+
+        def read() -> None:
+            with self.path.open("rb", buffering=0) as stream:
+                if isinstance(rows, range):
+                    stream.seek(self._start + rows.start * width)
+                    _fill(stream, result.reshape(-1).view(np.uint8).data)
+                    return
+                for place, row in zip(result, rows.tolist(), strict=True):
+                    stream.seek(self._start + row * width)
+                    _fill(stream, place.view(np.uint8).data)
+
+        _explained(read, self.label)
+        return result
+
+
+def _header(stream: IO[bytes], size: int, label: str) -> tuple[tuple[int, ...], bool, Any]:
+    """Shape, whether columns lie together, and dtype of the array in ``size`` bytes of a stream."""
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -132,6 +185,13 @@ def _read(stream: IO[bytes], size: int, label: str) -> npt.NDArray[Any]:
     count = math.prod(shape)
     if any(length < 0 for length in shape) or count * dtype.itemsize != size - stream.tell():
         raise ValueError("the header promises another size")
+    return shape, fortran_order, dtype
+
+
+def _read(stream: IO[bytes], size: int, label: str) -> npt.NDArray[Any]:
+    """The array in ``size`` bytes of a stream."""
+    shape, fortran_order, dtype = _header(stream, size, label)
+    count = math.prod(shape)
     if size > LARGEST:
         raise InputError(f"{label} holds {size} bytes, more than the {LARGEST} that are read.")
     array = np.empty(count, dtype)

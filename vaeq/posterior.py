@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ _SINGLE_RESOLVES = 1e5
 _DOUBLE_RESOLVES = 1e12
 _LOGVAR_LIMIT = 100.0
 
+T = TypeVar("T")
+
 
 class AggregatedPosterior:
     """The mixture of the N Gaussian posteriors q(z|xᵢ) = N(μᵢ, diag σᵢ²), with equal weights.
@@ -26,6 +29,7 @@ class AggregatedPosterior:
     Args:
         mean: μ, shape (N, D), N >= 1, D >= 1, float32 or float64, on the CPU or a GPU.
         logvar: log σ², the same shape, dtype and device, within ±100.
+        centre: origin of the arithmetic of log_prob, (D,), float64; None: the mean of the codes.
 
     float32 codes with |μ|/σ above 1e5 are converted to float64, so that draws of z resolve σ.
 
@@ -34,17 +38,20 @@ class AggregatedPosterior:
             on a logvar out of range; on |μ|/σ above 1e12, which float64 does not resolve either.
     """
 
-    def __init__(self, mean: torch.Tensor, logvar: torch.Tensor) -> None:
+    def __init__(
+        self, mean: torch.Tensor, logvar: torch.Tensor, *, centre: torch.Tensor | None = None
+    ) -> None:
         _check_codes(mean, logvar)
         self.mean = mean.detach()
         self.logvar = logvar.detach()
         if _check_resolution(self.mean, self.logvar) > _SINGLE_RESOLVES:
             self.mean = self.mean.double()
             self.logvar = self.logvar.double()
+        self._centre = centre
 
     @functools.cached_property
     def _density(self) -> MixtureLogDensity:
-        return MixtureLogDensity(self.mean, self.logvar)
+        return MixtureLogDensity(self.mean, self.logvar, self._centre)
 
     @property
     def n(self) -> int:
@@ -93,8 +100,23 @@ class AggregatedPosterior:
         shape = (n_samples, self.latent_dim)
         noise = torch.randn(shape, generator=generator, device=source, dtype=self.dtype)
         index = index.to(self.device)
-        std = torch.exp(0.5 * self.logvar[index])
-        return self.mean[index] + std * noise.to(self.device), index
+        mean, logvar = self.rows(index)
+        return mean + torch.exp(0.5 * logvar) * noise.to(self.device), index
+
+    def rows(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """μ and log σ² of some images, by their numbers, in that order."""
+        return self.mean[index], self.logvar[index]
+
+    def over_parts(self, function: Callable[..., T], *arguments: Any) -> list[T]:
+        """``function(part, *arguments)`` for each part of the components that is held together.
+
+        Here there is one part, all of them. Sums over components are written with this, so that
+        :class:`vaeq.shards.ShardedPosterior` can hold its parts elsewhere.
+
+        Args:
+            function: of a module's top level; it takes and gives tensors, numbers, dataclasses.
+        """
+        return [function(self, *arguments)]
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Exact log q_N(z) over all N components, in nats, in bounded memory.
@@ -112,7 +134,7 @@ class AggregatedPosterior:
 
     def log_prob_conditional(self, z: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """log q(z_s|x_{index_s}) of each draw under its own component, shape (S,)."""
-        mean, logvar = self.mean[index], self.logvar[index]
+        mean, logvar = self.rows(index)
         square = (z - mean).square() * torch.exp(-logvar)
         return -0.5 * (square + logvar + math.log(2 * math.pi)).sum(1)
 
@@ -129,14 +151,8 @@ class AggregatedPosterior:
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Exact mean (D,) and covariance Cov(μ) + diag mean(σ²) (D, D) of q_N, float64, CPU."""
-        centre = (sum_rows(self.mean) / self.n).cpu()
-        variance = torch.zeros_like(centre)
-        scatter = torch.zeros(self.latent_dim, self.latent_dim, dtype=torch.float64)
-        for mean, logvar in self.chunks():
-            variance += logvar.exp().sum(0)
-            offset = mean - centre
-            scatter += offset.T @ offset
-        return centre, (scatter + torch.diag(variance)) / self.n
+        centre = torch.stack(self.over_parts(_column_sums)).sum(0) / self.n
+        return centre, torch.stack(self.over_parts(_second_moments, centre)).sum(0) / self.n
 
     def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The codes a few rows at a time, float64, on the CPU: for passes in bounded memory."""
@@ -150,6 +166,21 @@ class AggregatedPosterior:
 
     def __repr__(self) -> str:
         return f"AggregatedPosterior(n={self.n}, latent_dim={self.latent_dim}, path={self.path!r})"
+
+
+def _column_sums(part: AggregatedPosterior) -> torch.Tensor:
+    return sum_rows(part.mean).cpu()
+
+
+def _second_moments(part: AggregatedPosterior, centre: torch.Tensor) -> torch.Tensor:
+    """Σᵢ (μᵢ − centre)(μᵢ − centre)ᵀ + diag σᵢ², (D, D)."""
+    variance = torch.zeros_like(centre)
+    scatter = torch.zeros(len(centre), len(centre), dtype=torch.float64)
+    for mean, logvar in part.chunks():
+        variance += logvar.exp().sum(0)
+        offset = mean - centre
+        scatter += offset.T @ offset
+    return scatter + torch.diag(variance)
 
 
 def _check_codes(mean: torch.Tensor, logvar: torch.Tensor) -> None:

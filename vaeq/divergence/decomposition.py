@@ -24,13 +24,17 @@ _REGRESSION_DRAWS = 20
 
 def kl_per_image(posterior: AggregatedPosterior) -> torch.Tensor:
     """KL(q(z|xᵢ) ‖ p) of every image in nats, closed form, shape (N,), float64 on the CPU."""
+    return torch.cat(posterior.over_parts(_kl_per_image))
+
+
+def _kl_per_image(part: AggregatedPosterior) -> torch.Tensor:
     # Each in its place: small results kept between the megabytes of every chunk leave gigabytes of
     # holes in the heap at a million codes of 512 dimensions.
-    result = torch.empty(posterior.n, dtype=torch.float64)
+    result = torch.empty(part.n, dtype=torch.float64)
     start = 0
-    for mean, logvar in posterior.chunks():
-        part = slice(start, start := start + len(mean))
-        result[part] = (mean.square() + torch.expm1(logvar) - logvar).sum(1)
+    for mean, logvar in part.chunks():
+        rows = slice(start, start := start + len(mean))
+        result[rows] = (mean.square() + torch.expm1(logvar) - logvar).sum(1)
     return result.mul_(0.5)
 
 
@@ -74,13 +78,13 @@ def marginal_kl(
     z, index = posterior.sample(n_samples, generator)
     log_q = posterior.log_prob(z).to("cpu", torch.float64)
     log_q_conditional = posterior.log_prob_conditional(z, index).to("cpu", torch.float64)
+    log_det = posterior.rows(index)[1].to("cpu", torch.float64).sum(1)
     z = z.to("cpu", torch.float64)
     index = index.cpu()
     dims = posterior.latent_dim
 
     image_kl = kl_per_image(posterior)
     mean_kl = image_kl.mean()
-    log_det = posterior.logvar[index.to(posterior.device)].to("cpu", torch.float64).sum(1)
     centre, covariance = posterior.moments()
     half_square = 0.5 * z.square().sum(1)
     log_p = -half_square - 0.5 * dims * _LOG_2PI

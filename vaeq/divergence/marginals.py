@@ -9,9 +9,10 @@ The work is about 150 exponentials a component, whatever the spread of the σ.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from vaeq.posterior import AggregatedPosterior
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
+S = TypeVar("S")
+T = TypeVar("T")
 
 ACTIVE_VARIANCE = 0.01
 # Half-width, in σ, beyond which a component is left out: 1e-16 of its mass.
@@ -30,6 +33,7 @@ _REACH = 8.3
 # A panel is halved until its KL integral changes by less than this share of its mass.
 _TOLERANCE = 1e-8
 _BLOCK = 2048
+_TOGETHER = 32
 _LOG_2PI = math.log(2 * math.pi)
 
 _NODES, _WEIGHTS = legendre.leggauss(24)
@@ -184,6 +188,42 @@ def _tabulate(mean: Array, std: Array) -> _Panels:
     return result
 
 
+def _mixed(parts: list[_Panels], shares: list[float]) -> _Panels:
+    """The density of a mixture of mixtures: Σ share · density, on panels as fine as any of theirs.
+
+    Panels are dyadic, so of two that overlap one is a part of the other: the larger is halved until
+    all are alike.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    for part, share in zip(parts, shares, strict=True):
+        part.density *= share
+    left, width, density = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("left", "width", "density")
+    )
+    everything = _Panels(left, width, density)
+    done = []
+    while len(everything.left):
+        size = everything.width.max()
+        own = everything.width == size
+        current, everything = everything.take(own), everything.take(~own)
+        place = np.round(current.left / size).astype(np.int64)
+        # Narrower panels that lie inside one of these.
+        inside = np.unique(np.floor(everything.left / size).astype(np.int64))
+        halve = np.isin(place, inside)
+        whole, place = current.take(~halve), place[~halve]
+        if len(place):
+            order = np.argsort(place, kind="stable")
+            opens = np.flatnonzero(np.concatenate([[True], np.diff(place[order]) > 0]))
+            summed = np.add.reduceat(whole.density[order], opens, axis=0)
+            one = order[opens]
+            done.append(_Panels(whole.left[one], whole.width[one], summed))
+        if halve.any():
+            everything = _Panels.joined([everything, current.take(halve).halved()])
+    return _Panels.joined(done)
+
+
 def _kl_integrals(panels: _Panels) -> Array:
     """∫ q log(q / φ) over every panel; q log q is 0 where q is (or rounds to below) 0."""
     x, q = panels.nodes(), panels.density
@@ -209,9 +249,9 @@ def _refine(panels: _Panels) -> _Panels:
     return _Panels.joined(done)
 
 
-def _distances(mean: Array, std: Array) -> tuple[float, float, float]:
+def _distances(density: _Panels) -> tuple[float, float, float]:
     """KL(q ‖ φ), Kolmogorov-Smirnov and Wasserstein-2 distance of one mixture to N(0, 1)."""
-    panels = _refine(_tabulate(mean, std))
+    panels = _refine(density)
     mass = 0.5 * panels.width * (panels.density @ _WEIGHTS)
     below = np.cumsum(mass) - mass
     above = np.cumsum(mass[::-1])[::-1] - mass
@@ -286,27 +326,76 @@ def marginals(posterior: AggregatedPosterior) -> dict[str, list[float] | list[bo
         units).
     """
     dims = posterior.latent_dim
-    mean, variance = np.empty(dims), np.empty(dims)
-    active, image_kl = np.empty(dims, dtype=bool), np.empty(dims)
+    found: dict[str, list[Any]] = {}
+    # Some dimensions at a time: the tables of all may be larger than the codes.
+    for start in range(0, dims, _TOGETHER):
+        together = range(start, min(start + _TOGETHER, dims))
+        parts = posterior.over_parts(_columns, together)
+        for row in _in_threads(_dimension, zip(*parts, strict=True)):
+            for name, value in row.items():
+                found.setdefault(name, []).append(value)
+    return found
 
-    def one(j: int) -> tuple[float, float, float]:
-        column = posterior.mean[:, j].to("cpu", torch.float64).numpy()
-        logvar = posterior.logvar[:, j].to("cpu", torch.float64).numpy()
-        mean[j] = column.mean()
-        spread = column.var()
-        active[j] = spread > ACTIVE_VARIANCE
-        variance[j] = spread + np.exp(logvar).mean()
-        image_kl[j] = 0.5 * (column**2 + np.expm1(logvar) - logvar).mean()
-        return _distances(column, np.exp(0.5 * logvar))
 
-    with ThreadPoolExecutor(max_workers=min(dims, torch.get_num_threads())) as pool:
-        kl, ks, w2 = (list(values) for values in zip(*pool.map(one, range(dims)), strict=True))
+def _in_threads(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        return list(pool.map(function, items))
+
+
+def _dimension(parts: Sequence[_Column]) -> dict[str, Any]:
+    """All there is to know of one dimension, from its parts."""
+    whole = parts[0]
+    for other in parts[1:]:
+        whole = whole.with_others(other)
+    shares = [part.n / whole.n for part in parts]
+    kl, ks, w2 = _distances(_mixed([part.panels for part in parts], shares))
     return {
-        "mean": mean.tolist(),
-        "std": np.sqrt(variance).tolist(),
+        "mean": whole.mean,
+        "std": math.sqrt(whole.spread + whole.variance),
         "kl": kl,
         "ks": ks,
         "w2": w2,
-        "active": active.tolist(),
-        "kl_per_image": image_kl.tolist(),
+        "active": whole.spread > ACTIVE_VARIANCE,
+        "kl_per_image": whole.image_kl,
     }
+
+
+@dataclass
+class _Column:
+    """One dimension of some components: its density, and means over them."""
+
+    n: int
+    mean: float  # of μ
+    spread: float  # variance of μ
+    variance: float  # mean of σ²
+    image_kl: float
+    panels: _Panels
+
+    def with_others(self, other: _Column) -> _Column:
+        """The means over both; the density of this one is kept (Chan, Golub & LeVeque 1983)."""
+        n = self.n + other.n
+        share = other.n / n
+        gap = other.mean - self.mean
+
+        def both(name: str) -> float:
+            mine: float = getattr(self, name)
+            return mine + share * (getattr(other, name) - mine)
+
+        spread = both("spread") + share * (1 - share) * gap**2
+        return _Column(n, both("mean"), spread, both("variance"), both("image_kl"), self.panels)
+
+
+def _columns(part: AggregatedPosterior, dimensions: Iterable[int]) -> list[_Column]:
+    def one(j: int) -> _Column:
+        column = part.mean[:, j].to("cpu", torch.float64).numpy()
+        logvar = part.logvar[:, j].to("cpu", torch.float64).numpy()
+        return _Column(
+            len(column),
+            float(column.mean()),
+            float(column.var()),
+            float(np.exp(logvar).mean()),
+            float(0.5 * (column**2 + np.expm1(logvar) - logvar).mean()),
+            _tabulate(column, np.exp(0.5 * logvar)),
+        )
+
+    return _in_threads(one, dimensions)

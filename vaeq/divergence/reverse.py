@@ -63,7 +63,8 @@ def reverse_marginal_kl(
     log_p = -0.5 * (z.double().square().sum(1) + posterior.latent_dim * _LOG_2PI)
     # log Σᵢ q(z|xᵢ) and log Σᵢ q(z|xᵢ)²
     log_sum = log_q + math.log(posterior.n)
-    effective = torch.exp(2 * log_sum - _log_sum_of_squares(posterior, z))
+    squares = posterior.over_parts(_log_sum_of_squares, z)
+    effective = torch.exp(2 * log_sum - torch.logsumexp(torch.stack(squares), 0))
     return {
         "reverse_marginal_kl": _regressed(posterior, z.to("cpu", torch.float64), log_p - log_q),
         "reverse_marginal_kl_ess": _mean(effective, "components"),

@@ -45,14 +45,7 @@ def uniform_view(posterior: AggregatedPosterior, bins: int = 20) -> UniformView:
         raise InputError(f"bins must be >= 2, got {bins}.")
     edges = np.linspace(0, 1, bins + 1)
     inner = torch.from_numpy(ndtri(edges[1:-1]))  # (B − 1,)
-    cumulative = torch.zeros(posterior.latent_dim, bins - 1, dtype=torch.float64)
-    for mean, logvar in posterior.chunks():
-        precision = torch.exp(-0.5 * logvar)
-        # A few images at a time again: every one makes D (B − 1) numbers.
-        rows = max(1, _CHUNK // (posterior.latent_dim * (bins - 1)))
-        for centre, scale in zip(mean.split(rows), precision.split(rows), strict=True):
-            standardized = (inner - centre[:, :, None]) * scale[:, :, None]
-            cumulative += torch.special.ndtr(standardized).sum(0)
+    cumulative = torch.stack(posterior.over_parts(_cumulative, inner)).sum(0)
     cumulative /= posterior.n
     ends = torch.zeros(posterior.latent_dim, 1, dtype=torch.float64)
     mass = torch.diff(torch.cat([ends, cumulative, ends + 1], 1), dim=1)
@@ -61,3 +54,16 @@ def uniform_view(posterior: AggregatedPosterior, bins: int = 20) -> UniformView:
         mass.tolist(),
         (0.5 * (mass - 1 / bins).abs().sum(1)).tolist(),
     )
+
+
+def _cumulative(part: AggregatedPosterior, points: torch.Tensor) -> torch.Tensor:
+    """Σᵢ Φ((t − μᵢⱼ)/σᵢⱼ) at points t (B,), shape (D, B)."""
+    result = torch.zeros(part.latent_dim, len(points), dtype=torch.float64)
+    for mean, logvar in part.chunks():
+        precision = torch.exp(-0.5 * logvar)
+        # A few images at a time again: every one makes D B numbers.
+        rows = max(1, _CHUNK // (part.latent_dim * len(points)))
+        for centre, scale in zip(mean.split(rows), precision.split(rows), strict=True):
+            standardized = (points - centre[:, :, None]) * scale[:, :, None]
+            result += torch.special.ndtr(standardized).sum(0)
+    return result
