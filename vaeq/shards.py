@@ -18,6 +18,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from types import TracebackType
@@ -79,15 +80,15 @@ class CodeFiles:
         return 2 * self.n * self.latent_dim * width
 
     def read(self, rows: Rows) -> Codes:
-        """Checked codes of some images.
+        """Checked codes of some images."""
+        mean = _native(self.mean.read(rows))
+        return as_codes(mean, log_variance(self.kind, _native(self.spread.read(rows))))
 
-        Raises:
-            InputError: what is wrong with them, and in which rows.
-        """
+    @contextmanager
+    def explaining(self, rows: Rows) -> Iterator[None]:
+        """Say of an error which rows of the files it is in."""
         try:
-            mean = _native(self.mean.read(rows))
-            spread = _native(self.spread.read(rows))
-            return as_codes(mean, log_variance(self.kind, spread))
+            yield
         except InputError as error:
             where = f"rows {rows[0]} to {rows[-1]}" if len(rows) > 1 else f"row {rows[0]}"
             raise InputError(f"{where} of {self.mean.label}, counted from there: {error}") from None
@@ -110,10 +111,11 @@ class _Shard:
     centre: Any = None  # (D,), NumPy
 
     def load(self) -> AggregatedPosterior:
-        codes = self.files.read(self.rows)
-        dtype = self.dtype or codes.mean.dtype
         centre = None if self.centre is None else torch.from_numpy(self.centre)
-        return AggregatedPosterior(codes.mean.to(dtype), codes.logvar.to(dtype), centre=centre)
+        with self.files.explaining(self.rows):
+            codes = self.files.read(self.rows)
+            dtype = self.dtype or codes.mean.dtype
+            return AggregatedPosterior(codes.mean.to(dtype), codes.logvar.to(dtype), centre=centre)
 
 
 _tokens = itertools.count()
