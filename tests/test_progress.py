@@ -34,6 +34,12 @@ def shown(terminal: bool, events: list[Event], width: int = 120) -> str:
     return stream.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def _no_wishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_a_terminal_gets_bars_and_a_file_gets_lines() -> None:
     assert isinstance(display(Console(force_terminal=True), NAMES), Bars)
     assert isinstance(display(Console(file=io.StringIO()), NAMES), Lines)

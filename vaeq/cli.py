@@ -210,7 +210,7 @@ def _train(cfg: DictConfig) -> None:
         try:
             run(config, screen.update, config.threads or available_cores())
         except VaeqError as error:
-            if directory.exists():
+            if os.path.isdir(directory):  # Path.exists() raises for a name that is too long
                 screen.update(Event("failed", name, message=f"see {directory}"))
             raise error
     console.print(f"results in {directory}", markup=False, highlight=False, soft_wrap=True)

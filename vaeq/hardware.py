@@ -48,7 +48,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 def _cpu_flags() -> set[str]:
     """What the processor can do, in Linux's words; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return set()
     flags = [line.partition(":")[2].split() for line in lines if line.startswith("flags")]

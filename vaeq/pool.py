@@ -50,7 +50,7 @@ def _quotas(root: Path) -> Iterator[tuple[int, int]]:
     """(quota, period) of CPU time of this process's control group and of those above it."""
     groups = root / "sys/fs/cgroup"
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
         return
     for line in lines:
@@ -62,10 +62,10 @@ def _quotas(root: Path) -> Iterator[tuple[int, int]]:
         for folder in {base / own, *(base / parent for parent in own.parents), base}:
             with contextlib.suppress(OSError, ValueError):  # no quota here, or it is "max"
                 if number == "0":
-                    quota, period = (folder / "cpu.max").read_text().split()
+                    quota, period = (folder / "cpu.max").read_text("ascii").split()
                 else:
-                    quota = (folder / "cpu.cfs_quota_us").read_text()
-                    period = (folder / "cpu.cfs_period_us").read_text()
+                    quota = (folder / "cpu.cfs_quota_us").read_text("ascii")
+                    period = (folder / "cpu.cfs_period_us").read_text("ascii")
                 if int(quota) > 0:
                     yield int(quota), int(period)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -203,5 +204,8 @@ def short_labels(runs: Sequence[str]) -> dict[str, str]:
 
 
 def display(console: Console, runs: Sequence[str]) -> Display:
-    """Bars on a terminal, else lines, for the runs of these names."""
-    return Bars(console, runs) if console.is_terminal else Lines(console, runs)
+    """Bars on a terminal that can move its cursor, else lines, for the runs of these names."""
+    # FORCE_COLOR makes rich take a pipe for a terminal: colours in a log are wanted then, bars never.
+    piped = "FORCE_COLOR" in os.environ and not console.file.isatty()
+    live = console.is_terminal and not console.is_dumb_terminal and not piped
+    return Bars(console, runs) if live else Lines(console, runs)

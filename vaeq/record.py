@@ -98,6 +98,13 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def require_writable(folder: Path) -> None:
     """Make ``folder`` and prove that files can be written there, before hours of training."""
     try:
+        os.fsencode(folder).decode("utf-8")
+    except UnicodeDecodeError:
+        # Written they could be; but safetensors opens no file under such a name again.
+        raise InputError(
+            f"outputs={folder} is no UTF-8 text; choose another place with outputs=..."
+        ) from None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

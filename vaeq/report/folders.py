@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vaeq.errors import InputError
 
 SEARCH_DEPTH = 3
+# A file server's clock may be so many seconds ahead of ours.
+_SKEW = 60
 RUN_FILES = ("record.json", "status.json", "config.yaml")
 MAKE_SOME = "make some with: vaeq sweep latent_dim=2,8,32"
 
@@ -38,19 +41,27 @@ def newest_experiment(outputs: Path) -> Path:
     """The sub-folder of ``outputs`` in which a run was written last.
 
     Raises:
-        InputError: no sub-folder holds a run.
+        InputError: no sub-folder holds a run; or several do, and one was written in the future: the
+            clock was set back since, and which is the newest is not to be told from it.
     """
     newest: tuple[float, Path] | None = None
+    experiments: set[Path] = set()
     folders = sorted(outputs.iterdir()) if outputs.is_dir() else []
     for folder in folders:
         if not folder.is_dir() or folder.name.startswith("."):
             continue
         for run in _walk(folder, SEARCH_DEPTH - 1):
+            experiments.add(folder)
             written = max((file.stat().st_mtime for file in _run_files(run)), default=-1.0)
             if newest is None or written > newest[0]:
                 newest = written, folder
     if newest is None:
         raise InputError(f"no runs in {outputs} yet; {MAKE_SOME}")
+    if len(experiments) > 1 and newest[0] > time.time() + _SKEW:
+        raise InputError(
+            f"{newest[1]} is dated in the future, so the clock was set back and the newest of "
+            f"{len(experiments)} experiments is not known; name one: runs={newest[1]}"
+        )
     return newest[1]
 
 
