@@ -111,7 +111,7 @@ def test_the_newest_experiment_is_not_guessed_from_the_future(tmp_path: Path) ->
     # Written before the clock was set back: older than what it has seen since, and dated later.
     for file in (tmp_path / "b").rglob("*.json"):
         os.utime(file, (future, future))
-    with pytest.raises(InputError, match="clock was set back .* name one: runs=.*/b$"):
+    with pytest.raises(InputError, match=r"clock was set back .* name one: runs=.*/b$"):
         newest_experiment(tmp_path)
     # Of one experiment there is nothing to choose.
     for file in (tmp_path / "a").rglob("*"):

@@ -205,7 +205,7 @@ def short_labels(runs: Sequence[str]) -> dict[str, str]:
 
 def display(console: Console, runs: Sequence[str]) -> Display:
     """Bars on a terminal that can move its cursor, else lines, for the runs of these names."""
-    # FORCE_COLOR makes rich take a pipe for a terminal: colours in a log are wanted then, bars never.
+    # FORCE_COLOR makes rich take a pipe for a terminal: a log may want colours, but never bars.
     piped = "FORCE_COLOR" in os.environ and not console.file.isatty()
     live = console.is_terminal and not console.is_dumb_terminal and not piped
     return Bars(console, runs) if live else Lines(console, runs)
