@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import TINY
 from tests.report_fixtures import default_sweep
-from tests.soak import times
+from tests.soak import SOAK
 from vaeq import record
 from vaeq.config import RunConfig
 from vaeq.errors import InputError
@@ -71,7 +71,8 @@ def test_a_run_is_the_same_under_a_clock_that_jumps_back(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("began", [1e9, 0.0, 2**33][: times(1, 3)])
+@pytest.mark.skipif(not SOAK, reason="make soak")
+@pytest.mark.parametrize("began", [1e9, 0.0, 2.0**33])
 def test_a_sweep_and_its_report_under_a_clock_that_jumps_back(tmp_path: Path, began: float) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE.format(began=began), encoding="utf-8")
@@ -95,9 +96,8 @@ def test_a_sweep_and_its_report_under_a_clock_that_jumps_back(tmp_path: Path, be
     assert min(json.loads(file.read_bytes())["timing"].values()) > 0
     status = json.loads((file.parent / "status.json").read_bytes())
     assert datetime.fromisoformat(status["updated_at"]).timestamp() < began
-    if times(0, 1):
-        vaeq("sample", f"run={file.parent}", "n=4")
-        assert "report.html" in vaeq("report", "runs=outputs/smoke")
+    vaeq("sample", f"run={file.parent}", "n=4")
+    assert "report.html" in vaeq("report", "runs=outputs/smoke")
 
 
 def test_the_newest_experiment_is_not_guessed_from_the_future(tmp_path: Path) -> None:
