@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vaeq.checksum import DamagedFile, UnreadableFile, check_seal, is_sealed
-from vaeq.config import SCHEMA_VERSION
+from vaeq.config import SCHEMA_VERSION, RunConfig, keys_of
 from vaeq.errors import InputError, one_line
+from vaeq.foreign import read_bounded
 
 # A record is some tens of kilobytes; a file of more than this was not written by vaeq.
 LARGEST_RECORD = 64 * 2**20
+# Empty lists and short texts take thirty times the memory of their JSON. The largest network has a
+# histogram for each of 4096 dimensions; a hundred estimates and settings have a name each.
+_MOST_PARTS = 100_000
+_MOST_TEXTS = 200_000
+_MOST_ENTRIES = 1000
+# What float32 computes is below 1e39, and float64 holds the square of this.
+_LARGEST_NUMBER = 1e100
+_NAME = re.compile(r"[A-Za-z_]\w{0,99}", re.ASCII)
 _PARTS = (
     "provenance",
     "timing",
@@ -26,6 +35,9 @@ _PARTS = (
     "files",
 )
 _KNOWN = ("seal", "schema_version", "state", "config", "config_hash", *_PARTS)
+
+
+_KEYS = keys_of(RunConfig)
 
 
 class SchemaError(InputError):
@@ -52,15 +64,15 @@ def read_content(path: Path) -> dict[str, Any]:
             text says which.
     """
     try:
-        if path.stat().st_size > LARGEST_RECORD:
-            raise InputError(f"is larger than any record ({path.stat().st_size} bytes)")
-        text = path.read_bytes()
+        text = read_bounded(path, LARGEST_RECORD)
     except OSError as error:
         raise UnreadableFile(f"cannot be read: {error.strerror or error}") from None
     # Records of older versions have no checksum: their version must be read before it is asked for.
     has_seal = is_sealed(text)
     if has_seal:
         check_seal(text)
+    if text.count(b"[") + text.count(b"{") > _MOST_PARTS or text.count(b'"') > 2 * _MOST_TEXTS:
+        raise InputError("has more parts than any record")
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
@@ -72,6 +84,8 @@ def read_content(path: Path) -> dict[str, Any]:
         raise InputError(f"{what}: truncated or overwritten") from None
     except ValueError as error:
         raise InputError(f"is not valid JSON ({error})") from None
+    except MemoryError:
+        raise InputError("is larger than the free memory") from None
     if not isinstance(content, dict):
         raise InputError(f"holds {_type_words(content)} where an object is expected")
     version = content.get("schema_version")
@@ -90,13 +104,10 @@ def _refuse_constant(token: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    """A finite int or float that fits a float; True and False are no numbers."""
+    """An int or float whose square a float can hold; True and False are no numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    return -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
 
 
 def _type_words(value: object) -> str:
@@ -124,7 +135,9 @@ def _check_record(record: Mapping[str, Any]) -> None:
     if state not in ("complete", "failed"):
         raise InputError(f"has state {one_line(state, 40)!r}, where complete or failed is expected")
     config = _require(record, "config", dict, "an object")
-    _require(record, "config_hash", str, "text")
+    if not re.fullmatch("[0-9a-f]{0,64}", _require(record, "config_hash", str, "text")):
+        raise InputError("has a config_hash that is no SHA-256")
+    _check_settings(config)
     for name in record:
         if name not in _KNOWN:
             raise InputError(f"has an unknown part, {one_line(name, 40)}")
@@ -133,7 +146,10 @@ def _check_record(record: Mapping[str, Any]) -> None:
     if state == "failed":
         return
     for name in ("latent_dim", "seed"):
-        _require(config, name, int, "an integer", "config.")
+        value, key = _require(config, name, int, "an integer", "config."), _KEYS[name][0]
+        if not is_number(value) or not key.accepts(value):
+            words = key.range_words("int")
+            raise InputError(f"has another number for config.{name}, where {words} is expected")
     for name in _require(record, "files", dict, "an object"):
         _require(record["files"], name, str, "text", "files.")
     total = record.get("timing", {}).get("total_seconds")
@@ -145,9 +161,32 @@ def _check_record(record: Mapping[str, Any]) -> None:
     estimates = _require(record, "estimates", dict, "an object")
     if not estimates:
         raise InputError("is complete but has no estimates")
+    if len(estimates) > _MOST_ENTRIES:
+        raise InputError(f"has {len(estimates)} estimates")
     for name in estimates:
+        _check_name("estimates", name)
         entry = _require(estimates, name, dict, "an object", "estimates.")
-        _check_estimate(one_line(name), entry)
+        _check_estimate(name, entry)
+
+
+def _check_settings(config: Mapping[str, Any]) -> None:
+    """Plain names, numbers that can be computed with, and sections one level deep."""
+    sections = {"config": config}
+    sections |= {f"config.{name}": v for name, v in config.items() if isinstance(v, dict)}
+    if sum(map(len, sections.values())) > _MOST_ENTRIES:
+        raise InputError("has more settings than any run")
+    for section, values in sections.items():
+        for name, value in values.items():
+            _check_name(section, name)
+            if isinstance(value, dict) and section != "config":
+                raise InputError(f"has an object for {section}.{name}")
+            if isinstance(value, int | float) and not (isinstance(value, bool) or is_number(value)):
+                raise InputError(f"has no finite number for {section}.{name}")
+
+
+def _check_name(part: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"has {one_line(name, 40)!r} in {part}, which is no name")
 
 
 def _check_estimate(name: str, entry: Mapping[str, Any]) -> None:

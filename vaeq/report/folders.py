@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vaeq.errors import InputError
+from vaeq.errors import InputError, one_line
 
 SEARCH_DEPTH = 3
 # A file server's clock may be so many seconds ahead of ours.
@@ -83,7 +83,8 @@ def find_runs(roots: Sequence[Path]) -> Iterator[tuple[str, Path]]:
             if resolved not in seen:
                 seen.add(resolved)
                 relative = directory.relative_to(root)
-                yield (str(relative) if relative.parts else root.resolve().name), directory
+                name = str(relative) if relative.parts else root.resolve().name
+                yield one_line(name), directory
 
 
 def _walk(directory: Path, depth: int) -> Iterator[Path]:

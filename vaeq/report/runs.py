@@ -16,11 +16,14 @@ from vaeq.checksum import DamagedFile, check_seal
 from vaeq.config import SweepConfig
 from vaeq.errors import InputError, one_line
 from vaeq.estimate import Estimate
+from vaeq.foreign import read_bounded
 from vaeq.record import RECORD, STATUS, RunRecord, read_record
 from vaeq.report.folders import MAKE_SOME, SEARCH_DEPTH, find_runs
 from vaeq.schema import SchemaError
 
 Scalar = str | int | float | bool | None
+# A status is a few lines, with the traceback of a failure at most.
+_LARGEST_STATUS = 2**20
 Kind = Literal["failed", "unfinished", "unreadable", "other schema", "duplicate"]
 
 
@@ -133,9 +136,9 @@ def _read_run(name: str, directory: Path) -> Run | Excluded:
     return Run(
         name=name,
         directory=directory,
-        settings={key: value for key, value in config.items() if key not in _SET_APART},
+        settings={key: _plain(value) for key, value in config.items() if key not in _SET_APART},
         seed=record.config["seed"],
-        experiment=str(config.get("experiment", "")),
+        experiment=one_line(str(config.get("experiment", "")), 100),
         estimates={key: _estimate(entry) for key, entry in record.estimates.items()},
         per_dimension=record.per_dimension,
         provenance=record.provenance,
@@ -160,7 +163,7 @@ def _without_record(name: str, directory: Path) -> Excluded:
         reason = f"{STATUS} says complete, but there is no {RECORD}"
         return Excluded(name, directory, "unreadable", reason)
     updated = status.get("updated_at")
-    when = f"last written {one_line(updated)}" if isinstance(updated, str) else ""
+    when = f"last written {one_line(updated, 40)}" if isinstance(updated, str) else ""
     reason = ", ".join(filter(None, (progress or "no epoch finished", when)))
     return Excluded(name, directory, "unfinished", reason)
 
@@ -168,7 +171,7 @@ def _without_record(name: str, directory: Path) -> Excluded:
 def _read_status(directory: Path) -> tuple[dict[str, Any] | None, str]:
     """The content of status.json, or None and what is wrong with it, if it is there."""
     try:
-        text = (directory / STATUS).read_bytes()
+        text = read_bounded(directory / STATUS, _LARGEST_STATUS)
         check_seal(text)
         status = json.loads(text)
         if not isinstance(status, dict) or _foreign(directory, status.get("config_hash")):
@@ -178,6 +181,8 @@ def _read_status(directory: Path) -> tuple[dict[str, Any] | None, str]:
     except OSError as error:
         return None, f"{STATUS} cannot be read: {error.strerror}"
     except DamagedFile as error:
+        return None, f"{STATUS} {error}"
+    except InputError as error:
         return None, f"{STATUS} {error}"
     except (ValueError, RecursionError):
         return None, f"{STATUS} is not valid JSON"
@@ -195,15 +200,19 @@ def _foreign(directory: Path, config_hash: object) -> bool:
 
 def _progress(status: Mapping[str, Any] | None) -> str:
     """``epoch 3 of 10``, or nothing where the status does not say."""
-    if status is None or type(status.get("epoch")) is not int:
+    epoch, total = (status.get(name) if status else None for name in ("epoch", "epochs"))
+    if not _is_count(epoch):
         return ""
-    total = status.get("epochs")
-    return f"epoch {status['epoch']}" + (f" of {total}" if type(total) is int else "")
+    return f"epoch {epoch}" + (f" of {total}" if _is_count(total) else "")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 10**9
 
 
 def _last_epoch(record: RunRecord) -> str:
     epochs = record.history.get("epoch")
-    if not isinstance(epochs, list) or not epochs or type(epochs[-1]) is not int:
+    if not isinstance(epochs, list) or not epochs:
         return ""
     return _progress({"epoch": epochs[-1], "epochs": record.config.get("epochs")})
 
@@ -217,10 +226,16 @@ def _failure_words(failure: object) -> str:
 
 
 def _estimate(entry: Mapping[str, Any]) -> Estimate:
-    value, error = entry["value"], entry["std_error"]
+    value, error, unit = entry["value"], entry["std_error"], one_line(entry["unit"], 40)
     if value is None:
-        return Estimate(None, None, entry["unit"], entry.get("reason") or "no reason recorded")
-    return Estimate(float(value), None if error is None else float(error), entry["unit"])
+        reason = one_line(entry.get("reason") or "")
+        return Estimate(None, None, unit, reason or "no reason recorded")
+    return Estimate(float(value), None if error is None else float(error), unit)
+
+
+def _plain(value: Scalar) -> Scalar:
+    """A setting whose text cannot act on a terminal or break a line of a table."""
+    return one_line(value) if isinstance(value, str) else value
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
