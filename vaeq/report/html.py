@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vaeq.errors import one_line
 from vaeq.report.baseline import Comparison
@@ -18,6 +19,9 @@ from vaeq.report.table import Table, provenance_text, setting_text, settings_tex
 from vaeq.report.trend import BLOCK_TESTS, FALSE_DISCOVERY, TESTS
 from vaeq.report.verdict import Verdict
 from vaeq.report.words import MISSING, measured
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 FOLDER = Path(__file__).parent / "page"
 
@@ -32,17 +36,8 @@ def page(
     filters: str,
 ) -> str:
     """The whole page; equal text for equal records."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     runs = [run for row in table.rows for run in row.runs]
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         experiments=", ".join(dict.fromkeys(one_line(run.experiment, 60) for run in runs)),
         filters=filters,
         n_runs=len(runs),
@@ -76,6 +71,20 @@ def page(
         css=(FOLDER / "report.css").read_text(encoding="utf-8"),
         script=(FOLDER / "sort.js").read_text(encoding="utf-8"),
     )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2")
 
 
 def _plain(title: str) -> str:

@@ -67,6 +67,8 @@ def _n_curve_of(run: Run) -> Data:
     if not isinstance(curve, dict):
         raise FigureError("no n_curve")
     n = numbers(curve.get("n"))
+    if min(n) < 1:
+        raise FigureError("no number of images is below one")
     return {"n": n, "marginal_kl": numbers(curve.get("marginal_kl"), len(n))}
 
 

@@ -7,7 +7,6 @@ from vaeq.report.figures.drawing import Drawing, FigureError, Panel, Picture
 from vaeq.report.figures.sources import (
     by_dimension,
     few,
-    interpolation_steps,
     montage,
     read_pictures,
     run_words,
@@ -31,7 +30,7 @@ def samples(table: Table) -> Drawing:
     """Decoded samples by source, a row for each latent_dim."""
     rows = []
     runs = []
-    for run, pictures in _with_pictures(table):
+    for run, pictures, _ in _with_pictures(table):
         panels = [
             _sheet(
                 f"latent_dim={run.settings['latent_dim']}: {words}",
@@ -61,7 +60,7 @@ def samples(table: Table) -> Drawing:
 def decoded_plane(table: Table) -> Drawing:
     """The decoded grid of the plane's quantiles, and what the decoder does between images."""
     reason, rows, shown = "no run has pictures of the plane, of reconstructions or between", [], []
-    for run, pictures in _with_pictures(table):
+    for run, pictures, said in _with_pictures(table):
         panels = []
         if "plane" in pictures and len(pictures["plane"]) > 1:
             side = round(len(pictures["plane"]) ** 0.5)
@@ -86,7 +85,7 @@ def decoded_plane(table: Table) -> Drawing:
             )
         if "interpolations" in pictures:
             between = pictures["interpolations"]
-            steps = interpolation_steps(run, len(between))
+            steps = said if len(between) % said == 0 else len(between)
             panels.append(
                 _sheet(
                     f"latent_dim={run.settings['latent_dim']}: from one image to another",
@@ -112,7 +111,7 @@ def decoded_plane(table: Table) -> Drawing:
     )
 
 
-def _with_pictures(table: Table) -> list[tuple[Run, dict[str, Picture]]]:
+def _with_pictures(table: Table) -> list[tuple[Run, dict[str, Picture], int]]:
     """For a few latent_dims the first run with pictures."""
     found, reason = [], "there are no runs"
     for runs in by_dimension(table).values():
@@ -125,7 +124,7 @@ def _with_pictures(table: Table) -> list[tuple[Run, dict[str, Picture]]]:
     pairs = []
     for run in few(found, MOST_RUNS):
         try:
-            pairs.append((run, read_pictures(run)))
+            pairs.append((run, *read_pictures(run)))
         except FigureError as error:
             reason = str(error)
     if not pairs:

@@ -11,14 +11,24 @@ import numpy.typing as npt
 
 from vaeq.checksum import DamagedFile
 from vaeq.errors import one_line
+from vaeq.foreign import require_regular
 from vaeq.record import PICTURES, SAMPLES, read_listed
 from vaeq.report.figures.drawing import FigureError, Picture
 from vaeq.report.runs import Run
 from vaeq.report.table import Table
+from vaeq.schema import is_number
 
 Array = npt.NDArray[np.float32]
 
 MOST_RUNS = 3
+# What these files may hold, whoever wrote them: ten thousand samples of the largest network, more
+# pictures than a page shows, classes whose names still find a place in the plane.
+_LARGEST_FILE = 2**28
+_LARGEST_CODE = 1e9
+_MOST_CLASSES = 100
+_MOST_PICTURES = 4096
+_SAMPLED = ("prior", "aggregated", "gmm", "scaled")
+_PICTURES = (*_SAMPLED, "plane", "originals", "reconstructions", "interpolations")
 
 
 @dataclass(frozen=True)
@@ -66,22 +76,29 @@ def runs_words(runs: Sequence[Run]) -> str:
 
 def read_samples(run: Run) -> Samples:
     """The samples a run left behind; FigureError if there are none that can be used."""
-    where = f"{SAMPLES} of {one_line(run.name)}"
-    arrays = _read(run, SAMPLES, where)
+    where = f"{SAMPLES} of {run.name}"
+    arrays, _ = _read(run, SAMPLES, where, ("z", "label"))
     z, label = arrays.get("z"), arrays.get("label")
     if z is None or z.ndim != 2 or z.shape[0] < 2 or z.shape[1] != run.settings["latent_dim"]:
         raise FigureError(f"{where} holds no array z of shape (n, latent_dim)")
-    if not np.issubdtype(z.dtype, np.floating) or not np.isfinite(z).all():
+    if not np.issubdtype(z.dtype, np.floating) or not (np.abs(z) < _LARGEST_CODE).all():
         raise FigureError(f"z in {where} holds numbers that are not finite")
-    if label is not None and (label.shape != z.shape[:1] or label.dtype.kind not in "iu"):
+    if label is None:
+        return Samples(z.astype(np.float32), None)
+    if label.shape != z.shape[:1] or label.dtype.kind not in "iu":
         raise FigureError(f"label in {where} is not one integer for each z")
-    return Samples(z.astype(np.float32), None if label is None else label.astype(np.int64))
+    if len(np.unique(label)) > _MOST_CLASSES:
+        raise FigureError(f"label in {where} has more than {_MOST_CLASSES} classes")
+    return Samples(z.astype(np.float32), label.astype(np.int64))
 
 
-def read_pictures(run: Run) -> dict[str, npt.NDArray[np.uint8]]:
-    """Pictures by name, (n, h, w) or (n, h, w, 3); FigureError if none can be used."""
-    where = f"{PICTURES} of {one_line(run.name)}"
-    arrays = _read(run, PICTURES, where)
+def read_pictures(run: Run) -> tuple[dict[str, Picture], int]:
+    """Pictures by name, (n, h, w) or (n, h, w, 3), and the steps of an interpolation, or ten.
+
+    FigureError if there are none that can be used.
+    """
+    where = f"{PICTURES} of {run.name}"
+    arrays, metadata = _read(run, PICTURES, where, _PICTURES)
     found = {
         name: np.asarray(array, dtype=np.uint8)
         for name, array in arrays.items()
@@ -91,35 +108,39 @@ def read_pictures(run: Run) -> dict[str, npt.NDArray[np.uint8]]:
     }
     if not found:
         raise FigureError(f"{where} holds no pictures")
-    return found
+    if max(len(array) for array in found.values()) > _MOST_PICTURES:
+        raise FigureError(f"{where} holds more than {_MOST_PICTURES} pictures of a kind")
+    if len({array.shape[1:] for array in found.values()}) > 1:
+        raise FigureError(f"{where} holds pictures of several sizes")
+    text = metadata.get("interpolation_steps", "")
+    return found, int(text) if text.isdecimal() and 0 < len(text) < 5 and int(text) else 10
 
 
-def interpolation_steps(run: Run, n: int) -> int:
-    """How many of the n pictures make one interpolation; ten where the file does not say."""
-    from safetensors import SafetensorError, safe_open
+def _read(
+    run: Run, name: str, where: str, names: Sequence[str]
+) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, str]]:
+    """Those arrays that are wanted of a file that the run's record lists, and its metadata.
 
-    text = ""
+    DamagedFile if it is another file.
+    """
+    from safetensors import safe_open
+
+    path = run.directory / name
     try:
-        with safe_open(run.directory / PICTURES, framework="numpy") as file:
-            text = (file.metadata() or {}).get("interpolation_steps", "")
-    except (OSError, SafetensorError):
-        pass
-    steps = int(text) if text.isdecimal() and int(text) > 0 else 10
-    return steps if n % steps == 0 else n
-
-
-def _read(run: Run, name: str, where: str) -> dict[str, npt.NDArray[np.generic]]:
-    """The arrays of a file that the run's record lists; DamagedFile if it is another."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        return dict(load(read_listed(run.directory, name, run.files)))
+        if require_regular(path) > _LARGEST_FILE:
+            raise FigureError(f"{where} is larger than {_LARGEST_FILE} bytes")
+        read_listed(run.directory, name, run.files)
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
+            return arrays, dict(file.metadata() or {})
+    except FigureError:
+        raise
     except FileNotFoundError:
         raise FigureError(f"there is no {where}") from None
     except DamagedFile as error:
         raise DamagedFile(one_line(str(error))) from None
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    # NumPy's errors too: a dtype or a shape that it does not have.
+    except Exception as error:
         raise FigureError(f"{where} cannot be read ({one_line(str(error), 80)})") from None
 
 
@@ -139,7 +160,7 @@ def numbers(values: object, n: int | None = None) -> list[float]:
     """A list of finite numbers, of length n where given; FigureError if it is none."""
     if not isinstance(values, list) or not values or (n is not None and len(values) != n):
         raise FigureError("a list of numbers is missing or of another length")
-    if not all(isinstance(x, int | float) and math.isfinite(x) for x in values):
+    if not all(map(is_number, values)):
         raise FigureError("a list of numbers holds something else")
     return [float(x) for x in values]
 
@@ -150,4 +171,4 @@ def kl_by_dimension(run: Run) -> list[float]:
     try:
         return numbers(run.per_dimension.get("kl"), dim if isinstance(dim, int) else None)
     except FigureError:
-        raise FigureError(f"the record of {one_line(run.name)} lacks per_dimension.kl") from None
+        raise FigureError(f"the record of {run.name} lacks per_dimension.kl") from None
