@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from vaeq import __version__
-from vaeq.errors import InputError, VaeqError
+from vaeq.errors import InputError, VaeqError, one_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -102,7 +102,8 @@ def _stand_in(error: UnicodeError) -> tuple[bytes, int]:
 
 
 def _exit(sentence: str, status: int) -> None:
-    print(f"vaeq: {sentence}", file=sys.stderr)  # noqa: T201
+    # A name from a file must not act on the terminal either.
+    print(f"vaeq: {one_line(sentence, 5000)}", file=sys.stderr)  # noqa: T201
     sys.exit(status)
 
 

@@ -28,7 +28,7 @@ from vaeq.config import (
     keys_of,
     out_of_range,
 )
-from vaeq.errors import InputError
+from vaeq.errors import InputError, one_line
 
 SCHEMAS: dict[str, type] = {
     "train": RunConfig,
@@ -216,30 +216,34 @@ def check_overrides(command: str, arguments: Iterable[str]) -> None:
     known = keys_of(SCHEMAS[command])
     groups = _GROUPS if command in ("train", "sweep") else ()
     for argument in arguments:
+        shown = one_line(argument, 80)
         try:
             override = OverridesParser.create().parse_override(argument)
         except HydraException:
             several = argument.partition("=")[2].startswith("[")
             advice = """, and a list of names as '["a=1,b=2","c"]'""" if several else ""
-            raise InputError(f"{argument!r} is not an override; write key=value{advice}.") from None
+            raise InputError(f"{shown!r} is not an override; write key=value{advice}.") from None
         name = override.key_or_group
         if name.split(".")[0].split("/")[0] == "hydra":
             continue
         if name not in known and name not in groups:
             raise InputError(
-                f"{name} is not a setting of vaeq {command}; {_suggest(name, [*known, *groups])}"
+                f"{one_line(name, 80)} is not a setting of vaeq {command}; "
+                f"{_suggest(name, [*known, *groups])}"
                 f"vaeq {command} --help lists them all."
             )
+        if name in groups and "/" in argument:
+            raise InputError(f"{name} must be the name of a preset, got {shown.partition('=')[2]}.")
         if override.is_delete():
-            raise InputError(f"{name} cannot be removed; drop {argument!r}.")
+            raise InputError(f"{name} cannot be removed; drop {shown!r}.")
         if override.is_add() and not override.is_force_add():
-            raise InputError(f"{name} is a setting already; drop the '+' of {argument!r}.")
+            raise InputError(f"{name} is a setting already; drop the '+' of {shown!r}.")
         if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise InputError(f"{argument} is no list of values; write them out: {name}=1,2,3.")
+            raise InputError(f"{shown} is no list of values; write them out: {name}=1,2,3.")
         if command == "train" and override.is_sweep_override():
             raise InputError(
-                f"{argument} names several values, and vaeq train fits one model; "
-                f"use vaeq sweep {argument}."
+                f"{shown} names several values, and vaeq train fits one model; "
+                f"use vaeq sweep {shown}."
             )
 
 

@@ -20,6 +20,9 @@ _SPECIAL = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    # After the end of a row TeX takes these for its arguments.
+    "[": "{[}",
+    "*": "{*}",
 } | {character: f"\\{character}" for character in "&%$#_{}"}
 
 

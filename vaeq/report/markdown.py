@@ -103,7 +103,7 @@ def _factor_lines(verdict: FactorVerdict) -> list[str]:
                 ["metric", *(f"latent_dim={setting_text(dim)}" for dim in verdict.strata)], answers
             ),
         ]
-    return [*lines, "", *(f"- {_literal(note)}" for note in verdict.notes)]
+    return [*lines, "", *map(_bullet, verdict.notes)]
 
 
 def _grid(
@@ -124,9 +124,22 @@ def _bullets(heading: str, items: Sequence[str]) -> list[str]:
     """A heading and a bullet list, or nothing without items."""
     if not items:
         return []
-    return ["", f"## {heading}", "", *(f"- {_literal(item)}" for item in items)]
+    return ["", f"## {heading}", "", *map(_bullet, items)]
+
+
+def _bullet(text: str) -> str:
+    """An item, that begins no heading, quotation or list of its own."""
+    return "- " + _LEADING.sub(lambda found: f"{found[1] or ''}\\", _literal(text))
+
+
+# What GitHub's Markdown acts on in the middle of a line; an underscore within a word is none of it.
+_ACTIVE = re.compile(
+    r"[\\`*|~$]|<(?=[a-zA-Z/!?])|\](?=[(\[:])|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=//)|(?<=www)\."
+)
+# And at the beginning of an item.
+_LEADING = re.compile(r"^(?=[#>+=-])|^(\d+)(?=[.)])")
 
 
 def _literal(text: str) -> str:
     """Text in which Markdown and HTML find nothing to act on."""
-    return re.sub(r"([\\`*|]|<(?=[a-zA-Z/!?])|\](?=\())", r"\\\1", text)
+    return _ACTIVE.sub(r"\\\g<0>", text)

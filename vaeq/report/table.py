@@ -291,7 +291,10 @@ def provenance_text(runs: Sequence[Run]) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """All settings, and mean, sd, n and Monte Carlo error of every metric, or of those chosen."""
+    """All settings, and mean, sd, n and Monte Carlo error of every metric, or of those chosen.
+
+    Text that a spreadsheet would compute is led by an apostrophe, as spreadsheets themselves do it.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     settings = [*table.varying, *table.constant]
@@ -303,13 +306,18 @@ def to_csv(table: Table) -> str:
         header.append(f"{metric}_mc_error{unit}")
     writer.writerow(header)
     for row in table.rows:
-        cells: list[object] = [setting_text(row.settings.get(name)) for name in settings]
+        cells: list[object] = [_inert(row.settings.get(name)) for name in settings]
         cells += [len(row.runs), " ".join(str(run.seed) for run in row.runs)]
         for metric in metrics:
             a = row.metrics[metric]
             cells += [_exact(a.mean), _exact(a.sd), a.n, _exact(a.mc_error)]
         writer.writerow(cells)
     return stream.getvalue()
+
+
+def _inert(value: Scalar) -> str:
+    text = setting_text(value)
+    return f"'{text}" if isinstance(value, str) and text[:1] in tuple("=+-@") else text
 
 
 def _exact(value: float | None) -> str:
