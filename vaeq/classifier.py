@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vaeq.errors import InputError
-from vaeq.record import write_atomic
+from vaeq.foreign import require_regular
+from vaeq.record import lock, write_atomic
 from vaeq.seeds import derive_seed
 
 # Raise it when anything here changes what is trained.
@@ -105,7 +105,7 @@ def load_classifier(
     identity = classifier_hash(data_md5, len(train), len(test))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"classifier-{identity[:8]}.safetensors"
-    with FileLock(path.with_suffix(".lock")):
+    with lock(path.with_suffix(".lock")):
         found = _read(path, identity, train.device)
         if found is not None:
             return found
@@ -192,6 +192,7 @@ def _checksum(tensors: dict[str, Tensor], accuracy: float) -> str:
 def _read(path: Path, identity: str, device: torch.device) -> Classifier | None:
     """The kept classifier, or None where there is none that can be trusted."""
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -201,7 +202,8 @@ def _read(path: Path, identity: str, device: torch.device) -> Classifier | None:
             return None
         network = _Network()
         network.load_state_dict(tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError):
+    # Of safetensors, JSON, NumPy and torch, whatever they raise on a file that is not ours.
+    except Exception:
         return None
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.eval()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors.torch import save
 
 from vaeq import __version__
@@ -46,6 +46,8 @@ from vaeq.record import (
     columns,
     complete_record,
     inspect_run,
+    lock,
+    require_inside,
     require_writable,
     run_directory,
     summary,
@@ -224,10 +226,12 @@ def _begin(
         notify(Event("skipped", run_name(config), message="finished before"))
         return found
     precision, images = prepare(config)
+    for folder in (directory, directory.parent, Path(config.outputs) / CACHE):
+        require_inside(folder, Path(config.outputs))
     require_writable(directory.parent)
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        locks.enter_context(FileLock(directory / LOCK, timeout=-1 if wait else 0))
+        locks.enter_context(lock(directory / LOCK, timeout=-1 if wait else 0))
     except Timeout:
         raise Taken(run_name(config)) from None
     # Another process may have finished it while this one waited for the lock.

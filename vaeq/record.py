@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from vaeq.checksum import (
@@ -31,7 +32,7 @@ from vaeq.checksum import (
     sealed,
 )
 from vaeq.config import SCHEMA_VERSION, RunConfig, config_hash, run_name
-from vaeq.errors import InputError
+from vaeq.errors import InputError, one_line
 from vaeq.schema import read_content
 
 RECORD = "record.json"
@@ -113,6 +114,34 @@ def require_writable(folder: Path) -> None:
             f"outputs={folder} cannot be written ({error.strerror or error}); "
             "choose another place with outputs=..."
         ) from None
+
+
+def require_inside(folder: Path, outputs: Path) -> None:
+    """Prove that what is written into ``folder`` stays in ``outputs``, which itself may be a link.
+
+    Raises:
+        InputError: a link leads out of it.
+    """
+    if not (place := folder.resolve()).is_relative_to(outputs.resolve()):
+        shown, top, place_shown = (one_line(str(path)) for path in (folder, outputs, place))
+        raise InputError(
+            f"{shown} is a link out of outputs={top}, to {place_shown}; remove it, or name that "
+            "place with outputs=..."
+        )
+
+
+def lock(path: Path, timeout: float = -1) -> FileLock:
+    """The lock that a file stands for; a link is refused, since locking empties what it names.
+
+    Args:
+        timeout: seconds to wait for it; negative: for ever.
+
+    Raises:
+        InputError: a link lies there.
+    """
+    if path.is_symlink():
+        raise InputError(f"{one_line(str(path))} is a link, which no lock is; delete it.")
+    return FileLock(path, timeout)
 
 
 def write_status(directory: Path, config: RunConfig, state: str, epoch: int, **more: Any) -> None:

@@ -22,6 +22,7 @@ from vaeq.record import (
     RunRecord,
     complete_record,
     read_record,
+    require_inside,
     require_writable,
     run_directory,
     write_config,
@@ -140,7 +141,9 @@ def other_versions(configs: Sequence[RunConfig]) -> Counter[int]:
 
 
 def require_folders(configs: Sequence[RunConfig]) -> None:
-    """Prove that the folders of all runs can be written."""
+    """Prove that the folders of all runs can be written, and lie in outputs."""
+    for config in configs:
+        require_inside(run_directory(config), Path(config.outputs))
     for folder in {run_directory(config).parent for config in configs}:
         require_writable(folder)
 
