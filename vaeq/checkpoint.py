@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from vaeq.checksum import BLANK, DamagedFile, check_seal, sealed
 from vaeq.ensemble import Moments
-from vaeq.errors import InputError
+from vaeq.errors import InputError, one_line
+from vaeq.foreign import require_regular
 from vaeq.record import CHECKPOINT, write_listed
 from vaeq.train import HISTORY_COLUMNS, State
 
@@ -63,18 +65,20 @@ def load_checkpoint(directory: Path, state: State, config_hash: str) -> None:
         InputError: the system does not hand it out.
     """
     path = directory / CHECKPOINT
+    like = state.vae.state_dict()
     try:
+        require_regular(path)
         check_seal(path.read_bytes())
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _tensor(file, name, like) for name in file.keys()}  # noqa: SIM118
         if metadata.get("config_hash") != config_hash:
             raise ValueError("it belongs to another configuration")
-        history = json.loads(metadata["history"])
-        if not all(tuple(row) == HISTORY_COLUMNS for row in history):
-            raise ValueError("its history has other columns")
+        history = _history(json.loads(metadata["history"]))
         state.vae.load_state_dict(_part(tensors, "model."))
         state.best = _part(tensors, "best.") or None
+        if state.best is not None and state.best.keys() != like.keys():
+            raise ValueError("its best weights are not all there")
         if not json.loads(metadata["final"]):
             state.moments = _moments(state, tensors, int(metadata["step"]))
     except FileNotFoundError:
@@ -84,9 +88,31 @@ def load_checkpoint(directory: Path, state: State, config_hash: str) -> None:
     except DamagedFile as error:
         raise DamagedFile(f"{path} {error}.") from None
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DamagedFile(f"{path} cannot be used: {reason}.") from None
+        raise DamagedFile(f"{path} cannot be used: {one_line(str(error), 100)}.") from None
     state.history = history
+
+
+def _tensor(file: Any, name: str, like: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of the file, read only where the model has one of its name and shape."""
+    part, _, rest = name.partition(".")
+    known = like.get(rest) if part in ("model", "exp_avg", "exp_avg_sq", "best") else None
+    if known is None or list(known.shape) != file.get_slice(name).get_shape():
+        raise ValueError("it belongs to another network")
+    tensor: Tensor = file.get_tensor(name)
+    if tensor.dtype != known.dtype:
+        raise ValueError(f"its weights are {tensor.dtype}, not {known.dtype}")
+    return tensor
+
+
+def _history(rows: Any) -> list[dict[str, float]]:
+    """The rows, if each has the columns of an epoch and a number in every one."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("its history is no list of epochs")
+    if not all(tuple(row) == HISTORY_COLUMNS for row in rows):
+        raise ValueError("its history has other columns")
+    if not all(type(value) in (int, float) for row in rows for value in row.values()):
+        raise ValueError("its history holds something else than numbers")
+    return rows
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -99,6 +125,8 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _moments(state: State, tensors: dict[str, Tensor], step: int) -> Moments:
     """Adam's state, on the device of the weights."""
+    if step < 0:
+        raise ValueError("it has done fewer steps than none")
     parts = []
     for prefix in ("exp_avg.", "exp_avg_sq."):
         part = _part(tensors, prefix)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from vaeq.errors import InputError
+from vaeq.errors import InputError, one_line
 
 # Part of every run's hash: raise it when the same settings no longer give the same numbers.
 SCHEMA_VERSION = 3
@@ -76,7 +76,7 @@ class Key:
             return re.fullmatch(self.pattern, str(value)) is not None
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return (
-                math.isfinite(value)
+                (isinstance(value, int) or math.isfinite(value))
                 and (self.low is None or value >= self.low)
                 and (self.above is None or value > self.above)
                 and (self.high is None or value <= self.high)
@@ -97,15 +97,21 @@ def check(config: Any, prefix: str = "") -> None:
         value = getattr(config, item.name)
         if spec is None or (value is None and "None" in str(item.type)):
             continue
-        if not spec.accepts(value):
+        if not (_is_of(str(item.type), value) and spec.accepts(value)):
             raise InputError(out_of_range(prefix + item.name, spec, str(item.type), value))
+
+
+def _is_of(type_name: str, value: Any) -> bool:
+    """Is a value of the type its field names? The settings in a record passed through no YAML."""
+    kinds = {"int": int, "float": int | float, "bool": bool, "str": str}
+    kind = kinds.get(type_name.partition(" |")[0], object)
+    return isinstance(value, kind) and (not isinstance(value, bool) or kind in (bool, object))
 
 
 def out_of_range(name: str, spec: Key, type_name: str, value: Any) -> str:
     """The one sentence for a bad value: field, range, value received."""
-    return (
-        f"{name} must be {spec.range_words(type_name)}, got {value if value != '' else repr('')}."
-    )
+    shown = one_line(str(value), 100) or repr(value)
+    return f"{name} must be {spec.range_words(type_name)}, got {shown}."
 
 
 FILE_NAME = r"(?!\.)[A-Za-z0-9_.+-]{1,100}"

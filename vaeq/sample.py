@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vaeq.checkpoint import load_checkpoint
-from vaeq.config import SampleConfig, config_hash, run_config
+from vaeq.checkpoint import FILE, load_checkpoint
+from vaeq.config import RunConfig, SampleConfig, config_hash, run_config
 from vaeq.ensemble import encode_all
 from vaeq.errors import InputError
 from vaeq.experiment import build, prepare
@@ -92,9 +93,13 @@ def load_decoder(directory: Path) -> Decoder:
     config = run_config(record.config)
     if config.model == "ppca":
         raise InputError(f"{directory} is a ppca run; samples are drawn from model=mlp.")
-    _, images = prepare(replace(config, logger="none"))
-    if images.md5 != record.provenance["data"]["md5"]:
+    # The record may be anybody's: it must not make this machine fetch files and write them.
+    config = replace(config, data=replace(config.data, download=False), logger="none")
+    _, images = prepare(config)
+    data = record.provenance.get("data")
+    if not isinstance(data, dict) or images.md5 != data.get("md5"):
         raise InputError(f"data={config.data.name} is not what {directory} was trained on.")
+    _require_weights(directory / CHECKPOINT, config, images.pixels)
     state = build(config, images)
     try:
         read_listed(directory, CHECKPOINT, record.files)
@@ -103,8 +108,24 @@ def load_decoder(directory: Path) -> Decoder:
     except OSError as error:
         raise InputError(f"{directory / CHECKPOINT} cannot be read: {error.strerror}.") from None
     load_checkpoint(directory, state, config_hash(config))
+    if state.epoch == 0:
+        raise InputError(f"{directory} has a checkpoint of no epoch; train it again.")
     codes, test_codes = (encode_all([state.vae], images.observed(p))[0] for p in ("train", "test"))
     return Decoder(state.vae.decode, codes, test_codes, images)
+
+
+def _require_weights(checkpoint: Path, config: RunConfig, pixels: int) -> None:
+    """Refuse, before it is made, a network larger than its checkpoint: a record may ask for any."""
+    encoder = [pixels, *[config.encoder_width] * config.encoder_depth, 2 * config.latent_dim]
+    decoder = [config.latent_dim, *[config.decoder_width] * config.decoder_depth, pixels]
+    weights = sum((a + 1) * b for sizes in (encoder, decoder) for a, b in pairwise(sizes))
+    if not checkpoint.is_file():
+        raise InputError(f"{checkpoint.parent} has no {checkpoint.name}; train it again.")
+    if (size := checkpoint.stat().st_size) < 4 * weights:
+        raise InputError(
+            f"{checkpoint} holds {size} bytes, too few for the {weights} weights of its network; "
+            "train it again."
+        )
 
 
 def _draw(config: SampleConfig, decoder: Decoder) -> tuple[str, Tensor, dict[str, np.ndarray]]:
