@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,6 +187,19 @@ def test_settings_of_every_kind_run_to_the_end(tiny: RunConfig, changes: dict[st
     record, _ = events_of(replace(tiny, **changes))  # type: ignore[arg-type]
     assert record.state == "complete"
     assert record.estimates["marginal_kl"]["value"] is not None
+
+
+def test_codes_so_narrow_that_they_need_float64_are_drawn_from_and_decoded(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = experiment.encode_all
+
+    def narrow(*arguments: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(mean, logvar - 30) for mean, logvar in real(*arguments)]
+
+    monkeypatch.setattr(experiment, "encode_all", narrow)
+    record, _ = events_of(tiny)
+    assert record.state == "complete"
 
 
 @pytest.mark.parametrize("binarize", ["static", "dynamic"])

@@ -122,3 +122,10 @@ def test_encode_all_does_not_depend_on_the_batch(small: Images) -> None:
         torch.testing.assert_close(a, b)
     assert whole[0].shape == (600, 3)
     assert not whole[0].requires_grad
+
+
+def test_codes_of_any_precision_are_decoded() -> None:
+    # The samples of very narrow posteriors are float64.
+    vae = build()
+    z = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(vae.decode(z), vae.decode(z.float()))

@@ -17,7 +17,16 @@ from vaeq.errors import TrainingDiverged
 from vaeq.model import VAE
 from vaeq.posterior import AggregatedPosterior
 from vaeq.seeds import derive_seed
-from vaeq.train import HISTORY_COLUMNS, Recipe, State, _rate_factor, evaluate, fit, train_epoch
+from vaeq.train import (
+    HISTORY_COLUMNS,
+    Recipe,
+    State,
+    _divergence,
+    _rate_factor,
+    evaluate,
+    fit,
+    train_epoch,
+)
 
 
 def fresh(seed: int = 0, latent_dim: int = 3) -> State:
@@ -197,6 +206,14 @@ def test_a_loss_that_is_no_number_names_its_epoch(small: Images) -> None:
     with pytest.raises(TrainingDiverged, match="not finite in epoch 1") as caught:
         train(small, learning_rate=1e6, epochs=5)
     assert caught.value.epoch == 1
+
+
+def test_codes_without_a_density_are_followed_as_no_number() -> None:
+    codes = torch.zeros(2, 10, 3)
+    codes[1] = -150.0
+    found = _divergence(codes, torch.Generator().manual_seed(0))
+    assert found.keys() == {"test_marginal_kl", "test_moment_kl"}
+    assert all(math.isnan(value) for value in found.values())
 
 
 def test_bf16_learns_what_fp32_learns(small: Images) -> None:

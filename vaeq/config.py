@@ -269,9 +269,10 @@ class RunConfig:
 
     model: str = key(
         "mlp",
-        "mlp: a VAE of two multilayer perceptrons; ppca: probabilistic PCA by EM, whose posterior "
-        "is exact (of the settings of the network only latent_dim matters then)",
-        choices=("mlp", "ppca"),
+        "mlp: a VAE of two multilayer perceptrons; conv: of convolutions, as many as the depth, "
+        "from width/16 channels on, and a dense layer of the width; ppca: probabilistic PCA by EM "
+        "(of the network only latent_dim matters then). q(z|x) is a diagonal Gaussian in all",
+        choices=("mlp", "conv", "ppca"),
     )
     latent_dim: int = key(2, "dimension of the latent code z", low=1, high=4096)
     encoder_depth: int = key(2, "hidden layers of the encoder; 0 is linear", low=0, high=64)
@@ -353,6 +354,15 @@ class RunConfig:
                 f"kl_warmup_epochs must be at most epochs={self.epochs}, "
                 f"got {self.kl_warmup_epochs}."
             )
+        if self.model == "conv":
+            for name in ("encoder_depth", "decoder_depth"):
+                if getattr(self, name) < 1:
+                    raise InputError(f"{name} must be >= 1 with model=conv, got 0.")
+            if self.initialization == "mean_image":
+                raise InputError(
+                    "initialization must be he_glorot or torch with model=conv, whose last layer "
+                    "has a bias a channel, got mean_image."
+                )
 
 
 @dataclass(frozen=True)

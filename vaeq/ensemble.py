@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from vaeq.conv import ConvVAE
 from vaeq.elbo import gaussian_kl
 from vaeq.model import ACTIVATIONS, VAE
 
@@ -361,6 +362,8 @@ def encode_all(
     Returns:
         Two (N, D) float32 a model.
     """
+    if isinstance(vaes[0], ConvVAE):
+        return [_encode(vae, images, batch_size) for vae in vaes]
     ensemble = Ensemble(vaes, [Moments() for _ in vaes], [0.0] * len(vaes))
     codes = [torch.empty(2, len(images), d, device=images.device) for d in ensemble.latent_dims]
     for start in range(0, len(images), batch_size):
@@ -369,6 +372,12 @@ def encode_all(
         for e, own in enumerate(codes):
             own[0, part], own[1, part] = (v[e, :, : own.shape[2]] for v in (mean, logvar))
     return [(own[0], own[1]) for own in codes]
+
+
+def _encode(vae: VAE, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and log variance of q(z|x), (N, D) float32 each, of one model by itself."""
+    parts = [vae.encode(part.float().div_(255)) for part in images.split(batch_size)]
+    return torch.cat([mean for mean, _ in parts]), torch.cat([logvar for _, logvar in parts])
 
 
 class CapturedSteps:

@@ -22,6 +22,7 @@ from vaeq.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from vaeq.checksum import DamagedFile, UnreadableFile
 from vaeq.codes import CodesWarning
 from vaeq.config import DataConfig, RunConfig, config_hash, identified, run_name
+from vaeq.conv import ConvVAE, require_depth
 from vaeq.data import Images, load_images, mean_image
 from vaeq.elbo import held_out_elbo
 from vaeq.ensemble import encode_all
@@ -85,22 +86,22 @@ def prepare(config: RunConfig) -> tuple[str, Images]:
     require(config)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    return precision, _images(config.data, device)
+    images = _images(config.data, device)
+    if config.model == "conv":
+        require_depth(images.shape, config.encoder_depth, config.decoder_depth)
+    return precision, images
 
 
 def build(config: RunConfig, images: Images) -> State:
     """A model with its initial weights, untrained, on the device of the images."""
-    vae = VAE(
-        images.pixels,
-        config.latent_dim,
-        encoder_depth=config.encoder_depth,
-        encoder_width=config.encoder_width,
-        decoder_depth=config.decoder_depth,
-        decoder_width=config.decoder_width,
-        activation=config.activation,
-        initialization=config.initialization,
-        generator=torch.Generator().manual_seed(derive_seed(config.seed, "weights")),
-    )
+    names = ("encoder_depth", "encoder_width", "decoder_depth", "decoder_width", "activation")
+    network: dict[str, Any] = {name: getattr(config, name) for name in names}
+    network["initialization"] = config.initialization
+    network["generator"] = torch.Generator().manual_seed(derive_seed(config.seed, "weights"))
+    if config.model == "conv":
+        vae: VAE = ConvVAE(images.shape, config.latent_dim, **network)
+    else:
+        vae = VAE(images.pixels, config.latent_dim, **network)
     if config.initialization == "mean_image":
         vae.start_at(mean_image(images.train))
     return State(vae.to(images.train.device))
@@ -128,7 +129,7 @@ class _Run:
 
     @property
     def state(self) -> State:
-        """What is trained; only an mlp has it."""
+        """What is trained; ppca has none."""
         assert self._state is not None
         return self._state
 
@@ -170,8 +171,8 @@ def run_ensemble(
 ) -> list[RunRecord | Exception]:
     """Train runs of one shape as one program, then measure and record each as if it were alone.
 
-    Finished ones are skipped; half-trained ones go on, those at the same epoch together. A member
-    that fails is recorded, and the others go on.
+    Finished ones are skipped; half-trained ones go on, those at the same epoch together, and those
+    of model=conv one after the other. A member that fails is recorded, and the others go on.
 
     Args:
         configs: of one network but for latent_dim, and one data, batch_size, epochs, warm-up of
@@ -200,8 +201,7 @@ def run_ensemble(
             if one.config.model == "ppca":
                 endings[i] = _finish(one, partial(_measure_ppca, one))
         networks = {i: one for i, one in runs.items() if endings[i] is None}
-        for epoch in sorted({one.first for one in networks.values()}):
-            together = {i: one for i, one in networks.items() if one.first == epoch}
+        for together in _programs(networks):
             failures = dict(zip(together, _train(list(together.values())), strict=True))
             for i, failure in failures.items():
                 if failure is not None:
@@ -212,8 +212,17 @@ def run_ensemble(
                 some = trained[start : start + _ENCODED]
                 codes = _encode([runs[i] for i in some])
                 for i, own in zip(some, codes, strict=True):
-                    endings[i] = _finish(runs[i], partial(_measure_mlp, runs[i], *own))
+                    endings[i] = _finish(runs[i], partial(_measure_vae, runs[i], *own))
     return [ending for ending in endings if ending is not None]
+
+
+def _programs(runs: dict[int, _Run]) -> list[dict[int, _Run]]:
+    """Runs that take their steps together: at the same epoch, and convolutions by themselves."""
+    found: dict[tuple[int, int], dict[int, _Run]] = {}
+    for i, one in runs.items():
+        alone = i if one.config.model == "conv" else -1
+        found.setdefault((one.first, alone), {})[i] = one
+    return [found[key] for key in sorted(found)]
 
 
 def _begin(
@@ -239,7 +248,7 @@ def _begin(
     if found is not None and not damaged:
         notify(Event("skipped", run_name(config), message="finished by another process"))
         return found
-    state = _resume(config, directory, images, damaged) if config.model == "mlp" else None
+    state = _resume(config, directory, images, damaged) if config.model != "ppca" else None
     history = state.history if state is not None else []
     if damaged:
         notify(Event("note", run_name(config), message=_damage_words(damaged, len(history))))
@@ -394,7 +403,7 @@ def _finish(run: _Run, measured: Callable[[], RunRecord]) -> RunRecord | Excepti
     return record
 
 
-def _measure_mlp(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord:
+def _measure_vae(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord:
     """What there is to know of a trained VAE."""
     began = time.perf_counter()
     decode, images = run.state.vae.decode, run.images

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 # Units that keep only half of the signal want He's variance 2/fan_in (He et al. 2015, eq. 10); the
 # others Glorot's 2/(fan_in + fan_out) (Glorot and Bengio 2010, eq. 12).
-_RECTIFIERS = ("relu", "leaky_relu", "elu", "gelu", "silu")
+RECTIFIERS = ("relu", "leaky_relu", "elu", "gelu", "silu")
 # What ``mean_image`` leaves of the last layers' weights.
 _SMALL = 0.1
 
@@ -46,7 +46,7 @@ def mlp(
     last = len(sizes) - 2
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         linear = nn.Linear(fan_in, fan_out)  # skip_init would import half a second of torch
-        rectified = activation in _RECTIFIERS and i < last
+        rectified = activation in RECTIFIERS and i < last
         variance = 2 / fan_in if rectified else 2 / (fan_in + fan_out)
         bound = 1 / math.sqrt(fan_in)
         with torch.no_grad():
@@ -121,8 +121,11 @@ class VAE(nn.Module):
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        """Logits of p(x|z), (B, pixels), for codes (B, D)."""
-        logits: Tensor = self.decoder(z)
+        """Logits of p(x|z), (B, pixels), for codes (B, D) of any precision.
+
+        The samples of narrow posteriors come in float64.
+        """
+        logits: Tensor = self.decoder(z.to(next(self.decoder.parameters()).dtype))
         return logits
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -159,7 +159,9 @@ class Pool:
     def _preflight(self, configs: Sequence[RunConfig]) -> None:
         """Load each data set and device once, in a worker: refuse the sweep, not its every run."""
         worker = self._start()
-        distinct = {(c.data, c.device, c.precision, c.logger): c for c in configs}
+        # Of the convolutions the depth has to fit the images, too.
+        depths = {c: (c.encoder_depth, c.decoder_depth) * (c.model == "conv") for c in configs}
+        distinct = {(c.data, c.device, c.precision, c.logger, depths[c]): c for c in configs}
         try:
             worker.pipe.send(list(distinct.values()))
             message = worker.pipe.recv()

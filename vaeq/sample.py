@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vaeq.checkpoint import FILE, load_checkpoint
+from vaeq.checkpoint import load_checkpoint
 from vaeq.config import RunConfig, SampleConfig, config_hash, run_config
 from vaeq.ensemble import encode_all
 from vaeq.errors import InputError
@@ -92,14 +92,15 @@ def load_decoder(directory: Path) -> Decoder:
         raise InputError(f"{directory} holds a failed run; the same vaeq train tries it again.")
     config = run_config(record.config)
     if config.model == "ppca":
-        raise InputError(f"{directory} is a ppca run; samples are drawn from model=mlp.")
+        raise InputError(f"{directory} is a ppca run; samples are drawn from model=mlp and conv.")
     # The record may be anybody's: it must not make this machine fetch files and write them.
     config = replace(config, data=replace(config.data, download=False), logger="none")
     _, images = prepare(config)
     data = record.provenance.get("data")
     if not isinstance(data, dict) or images.md5 != data.get("md5"):
         raise InputError(f"data={config.data.name} is not what {directory} was trained on.")
-    _require_weights(directory / CHECKPOINT, config, images.pixels)
+    if config.model == "mlp":
+        _require_weights(directory / CHECKPOINT, config, images.pixels)
     state = build(config, images)
     try:
         read_listed(directory, CHECKPOINT, record.files)

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vaeq.autograd import Autograd
+from vaeq.conv import ConvVAE
 from vaeq.data import Images, bernoulli_draw
 from vaeq.divergence import marginal_kl, moment_kl
 from vaeq.elbo import gaussian_kl, reconstruction
 from vaeq.ensemble import CapturedSteps, Ensemble, Moments
-from vaeq.errors import TrainingDiverged
+from vaeq.errors import InputError, TrainingDiverged
 from vaeq.model import VAE
 from vaeq.posterior import AggregatedPosterior
 from vaeq.seeds import derive_seed
@@ -44,6 +46,9 @@ HISTORY_COLUMNS = (
 _BLOCK = 32
 # Draws for the divergence by epoch: an error of some hundredths of a nat, in milliseconds.
 _DRAWS = 1000
+
+
+Program = Ensemble | Autograd
 
 
 @dataclass
@@ -123,7 +128,8 @@ def fit_together(
     by early stopping or because its loss is no number, leaves the program; the others go on.
 
     Args:
-        states: at the same epoch; models of one shape but for the latent dimension.
+        states: at the same epoch; models of one shape but for the latent dimension, and a
+            convolutional one by itself.
         images: on the device of the weights.
         recipes: with one epochs, batch_size, warm-up of the learning rate and schedule; the rest
             may differ.
@@ -136,13 +142,15 @@ def fit_together(
     active = [i for i in range(len(states)) if not _done(states[i], recipes[i])]
     with _matmul_precision(precision):
         while active:
-            ensemble = Ensemble(
+            ensemble = _program(
                 [states[i].vae for i in active],
                 [states[i].moments for i in active],
                 [recipes[i].learning_rate for i in active],
                 precision,
             )
-            step = CapturedSteps(ensemble) if ensemble.device.type == "cuda" else ensemble.step
+            step: Callable[[Tensor, Tensor, Tensor], None] = ensemble.step
+            if isinstance(ensemble, Ensemble) and ensemble.device.type == "cuda":
+                step = CapturedSteps(ensemble)
             staying = active
             while staying == active:
                 began = time.perf_counter()
@@ -165,8 +173,19 @@ def fit_together(
             state.vae.load_state_dict(state.best)
 
 
+def _program(
+    vaes: Sequence[VAE],
+    moments: Sequence[Moments],
+    learning_rates: Sequence[float],
+    precision: str,
+) -> Program:
+    """What takes the steps: stacked linear layers, or one network of others by autograd."""
+    kind = Autograd if isinstance(vaes[0], ConvVAE) else Ensemble
+    return kind(vaes, moments, learning_rates, precision)
+
+
 def train_epoch(
-    ensemble: Ensemble,
+    ensemble: Program,
     images: Images,
     recipes: Sequence[Recipe],
     epoch: int,
@@ -222,7 +241,7 @@ def _kl_weights(recipes: Sequence[Recipe], steps: int, block: range) -> Tensor:
 
 
 def _history_rows(
-    ensemble: Ensemble,
+    ensemble: Program,
     images: Images,
     held_out: Tensor,
     recipes: Sequence[Recipe],
@@ -242,7 +261,7 @@ def _history_rows(
 
 
 def _take(
-    state: State, ensemble: Ensemble, place: int, row: dict[str, float], recipe: Recipe
+    state: State, ensemble: Program, place: int, row: dict[str, float], recipe: Recipe
 ) -> None:
     """Bring the state of a member up to the end of the epoch."""
     weights, state.moments = ensemble.member(place)
@@ -268,18 +287,20 @@ def _epochs_since_best(state: State) -> int:
 
 @contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
-    """TF32 products on a GPU where they were asked for, and never else."""
+    """TF32 products on a GPU where they were asked for, and never else; convolutions in order."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
 def evaluate(
-    ensemble: Ensemble, images: Tensor, seeds: Sequence[int], batch_size: int = 1024
+    ensemble: Program, images: Tensor, seeds: Sequence[int], batch_size: int = 1024
 ) -> list[dict[str, float]]:
     """The held-out columns of the history of every member, for images (M, pixels) uint8.
 
@@ -315,7 +336,10 @@ def _divergence(codes: Tensor, generator: torch.Generator) -> dict[str, float]:
     names = "test_marginal_kl", "test_moment_kl"
     if not codes.isfinite().all():
         return dict.fromkeys(names, math.nan)
-    posterior = AggregatedPosterior(codes[0], codes[1])
+    try:
+        posterior = AggregatedPosterior(codes[0], codes[1])
+    except InputError:  # variances that no density is computed for; the others of a program go on
+        return dict.fromkeys(names, math.nan)
     found = marginal_kl(posterior, _DRAWS, generator), moment_kl(posterior)
     values = (math.nan if estimate.value is None else estimate.value for estimate in found)
     return dict(zip(names, values, strict=True))
