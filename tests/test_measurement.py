@@ -15,7 +15,7 @@ import vaeq as package
 from tests.conftest import Run
 from vaeq.codes import CodesWarning
 from vaeq.errors import InputError
-from vaeq.measurement import Measurement, measure
+from vaeq.measurement import Measurement, estimate_names, measure
 
 RNG = np.random.default_rng(1)
 N, M, D = 400, 150, 2
@@ -56,6 +56,8 @@ def test_the_full_panel_holds_every_reading(full: Measurement) -> None:
     for name in ("sliced_w2", "mmd", "energy_distance", "c2st_auc"):
         expected |= {name, f"{name}_null", f"{name}_null_sd", f"{name}_z"}
     assert expected <= full.estimates.keys()
+    # A name of another estimate belongs into measurement.PANELS, where a search looks for it.
+    assert full.estimates.keys() == set(estimate_names("full"))
     assert set(full.curves) == {"n_curve", "pit", "bracket", "by_class"}
     assert full.curves["by_class"]["label"] == [0, 1, 2]
     assert sum(full.curves["by_class"]["n"]) == N

@@ -180,12 +180,20 @@ def _register_plugins() -> None:
     from hydra_plugins.vaeq import (
         EnsembleLauncher,
         GridSweeper,
+        OptunaSweeper,
         PoolLauncher,
         RayLauncher,
         SlurmLauncher,
     )
 
-    for plugin in (GridSweeper, PoolLauncher, EnsembleLauncher, SlurmLauncher, RayLauncher):
+    for plugin in (
+        GridSweeper,
+        OptunaSweeper,
+        PoolLauncher,
+        EnsembleLauncher,
+        SlurmLauncher,
+        RayLauncher,
+    ):
         plugins.register(plugin)
 
 

@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.core.override_parser.types import (
+    IntervalSweep,
+    Override,
+    OverrideType,
+    Quote,
+    QuotedString,
+    RangeSweep,
+)
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
@@ -29,6 +36,7 @@ from vaeq.config import (
     out_of_range,
 )
 from vaeq.errors import InputError, one_line
+from vaeq.study import Axis
 
 SCHEMAS: dict[str, type] = {
     "train": RunConfig,
@@ -207,6 +215,56 @@ def _is_override(argument: str) -> bool:
     return True
 
 
+def sweep_config(master: DictConfig) -> SweepConfig:
+    """The settings of a sweep itself, those of its runs as they are without the swept values."""
+    cfg = master.copy()
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    return typed(cfg, SweepConfig)
+
+
+def search_space(overrides: Sequence[str]) -> tuple[list[str], list[Axis]]:
+    """The overrides of a search that are fixed, and the values between which it may choose.
+
+    The last override of a setting counts. A list of values is a choice without an order; integers
+    of a ``range`` or an ``interval`` have one, and so have the numbers of an ``interval``; with
+    ``tag(log, ...)`` their logarithm is searched.
+
+    Raises:
+        InputError: a range or an interval is empty.
+    """
+    last = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides))}
+    fixed, axes = [], []
+    for name, override in last.items():
+        if not override.is_sweep_override():
+            fixed.append(str(override.input_line))
+            continue
+        swept = override.value()
+        log = "log" in getattr(swept, "tags", ())
+        if override.is_choice_sweep():
+            axes.append(Axis(name, choices=tuple(override.sweep_string_iterator())))
+        elif isinstance(swept, RangeSweep):
+            values = [float(value) for value in swept.range()]
+            step = None if log else abs(float(swept.step))
+            if not values:
+                raise InputError(f"{override.input_line} holds no value.")
+            axes.append(_axis(name, min(values), max(values), step, log))
+        elif isinstance(swept, IntervalSweep):
+            assert swept.start is not None
+            assert swept.end is not None
+            if not swept.start <= swept.end:
+                raise InputError(f"{override.input_line} is empty: write the smaller end first.")
+            axes.append(_axis(name, float(swept.start), float(swept.end), None, log))
+    return fixed, axes
+
+
+def _axis(name: str, low: float, high: float, step: float | None, log: bool) -> Axis:
+    integer = "int" in keys_of(SweepConfig)[name][1]
+    if log and low <= 0:
+        raise InputError(f"{name} is searched by its logarithm and must be > 0, got {low:g}.")
+    return Axis(name, low=low, high=high, step=step, log=log, integer=integer)
+
+
 def check_overrides(command: str, arguments: Iterable[str]) -> None:
     """Refuse a misspelt key, a key behind ``+``, or a list of values where one run is wanted.
 
@@ -215,6 +273,8 @@ def check_overrides(command: str, arguments: Iterable[str]) -> None:
     """
     known = keys_of(SCHEMAS[command])
     groups = _GROUPS if command in ("train", "sweep") else ()
+    arguments = list(arguments)
+    searched = "hydra/sweeper=optuna" in arguments
     for argument in arguments:
         shown = one_line(argument, 80)
         try:
@@ -238,8 +298,11 @@ def check_overrides(command: str, arguments: Iterable[str]) -> None:
             raise InputError(f"{name} cannot be removed; drop {shown!r}.")
         if override.is_add() and not override.is_force_add():
             raise InputError(f"{name} is a setting already; drop the '+' of {shown!r}.")
-        if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise InputError(f"{shown} is no list of values; write them out: {name}=1,2,3.")
+        if override.is_interval_sweep() and not searched:
+            raise InputError(
+                f"{shown} is no list of values; write them out, {name}=1,2,3, or search it with "
+                "hydra/sweeper=optuna objective=..."
+            )
         if command == "train" and override.is_sweep_override():
             raise InputError(
                 f"{shown} names several values, and vaeq train fits one model; "

@@ -378,6 +378,32 @@ class SweepConfig(RunConfig):
         science=False,
     )
 
+    objective: str | None = key(
+        None,
+        "with hydra/sweeper=optuna, the estimate to search by, such as marginal_kl; where seed has "
+        "several values, its mean over them",
+        science=False,
+    )
+    direction: str = key(
+        "minimize",
+        "of the search: is less of the objective better, or more?",
+        choices=("minimize", "maximize"),
+        science=False,
+    )
+    n_trials: int = key(
+        20, "points that a search tries in all", unit="trials", low=1, high=1_000_000, science=False
+    )
+    trial_batch: int = key(
+        4,
+        "points a search chooses at once, which then train side by side; the next ones know how "
+        "they ended",
+        unit="trials",
+        low=1,
+        high=1024,
+        science=False,
+    )
+    trial_seed: int = key(0, "seed of the choice of points", low=0, high=2**31 - 1, science=False)
+
     def run_config(self) -> RunConfig:
         """The settings of one run, without those of the sweep around it."""
         names = [item.name for item in dataclasses.fields(RunConfig)]

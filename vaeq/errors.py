@@ -11,6 +11,10 @@ class InputError(VaeqError, ValueError):
     """A value, a file or an array that cannot be used as given."""
 
 
+class RunsFailed(VaeqError):
+    """Some runs of a sweep failed; the others are finished."""
+
+
 class TrainingDiverged(VaeqError):
     """The training loss stopped being a finite number."""
 

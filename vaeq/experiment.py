@@ -28,9 +28,9 @@ from vaeq.elbo import held_out_elbo
 from vaeq.ensemble import encode_all
 from vaeq.errors import Taken, VaeqError
 from vaeq.estimate import Estimate
-from vaeq.generation import Decoder
+from vaeq.generation import ANNEALED, LIKELIHOOD, Decoder
 from vaeq.hardware import resolve_device, resolve_precision
-from vaeq.measurement import measure
+from vaeq.measurement import estimate_names, measure
 from vaeq.model import VAE
 from vaeq.ppca import fit_ppca
 from vaeq.progress import Event
@@ -143,6 +143,23 @@ class _Run:
         seen, total = (epoch - self.first) * n + done, (self.config.epochs - self.first) * n
         shown = epoch + 1 if done else epoch
         self.notify(Event(kind, self.name, shown, self.config.epochs, seen, total, elbo))
+
+
+def estimates_of(config: RunConfig) -> set[str]:
+    """The names of the estimates that a run of these settings has."""
+    wanted = config.generation
+    names = {"elbo", "reconstruction", *estimate_names(config.measure.panel)}
+    if config.model == "ppca":
+        return names | {"log_likelihood", "inference_gap", *_quality_names()}
+    return names.union(
+        LIKELIHOOD if wanted.n_importance is not None else (),
+        ANNEALED if wanted.ais_images else (),
+        _quality_names() if wanted.quality else (),
+    )
+
+
+def _quality_names() -> set[str]:
+    return set(missing_quality([*SOURCES, FLOOR], "not asked for"))
 
 
 def run(config: RunConfig, notify: Notify, threads: int, *, wait: bool = True) -> RunRecord:

@@ -37,6 +37,16 @@ RECONSTRUCTED = 20
 PAIRS, STEPS = 6, 10
 PLANE_SIDE = 20
 
+# The estimates of Decoder.likelihood and of Decoder.annealed.
+LIKELIHOOD = (
+    "log_likelihood",
+    "inference_gap",
+    "prior_cost",
+    "log_likelihood_ex_post",
+    "importance_ess",
+)
+ANNEALED = ("ais_log_likelihood", "importance_log_likelihood", "ais_gap")
+
 Codes = tuple[Tensor, Tensor]
 Decode = Callable[[Tensor], Tensor]
 

@@ -26,8 +26,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# Each holds what the one before it holds.
-PANELS = ("decomposition", "bracket", "full")
+# The estimates of each panel, beside those of the panels before it.
+PANELS: dict[str, tuple[str, ...]] = {
+    "decomposition": (
+        "kl_per_image",
+        "mutual_information",
+        "mutual_information_fraction",
+        "marginal_kl",
+        "total_correlation",
+        "dimension_kl_sum",
+        "dimension_kl_mean",
+        "dimension_kl_max",
+        "dimension_kl_mean_active",
+        "active_units",
+        "moment_kl",
+    ),
+    "bracket": ("population_kl_lower", "population_kl_upper", "population_kl_upper_infonce"),
+    "full": (
+        "reverse_marginal_kl",
+        "reverse_marginal_kl_ess",
+        "n_curve_slope",
+        "class_kl_mean",
+        *(
+            f"{distance}{part}"
+            for distance in ("sliced_w2", "mmd", "energy_distance", "c2st_auc")
+            for part in ("", "_null", "_null_sd", "_z")
+        ),
+    ),
+}
 # Draws a point of the n_curve, a class of the quilt, and of the prior for the reverse KL.
 CURVE_SAMPLES = 2_000
 
@@ -77,6 +103,16 @@ class Measurement:
     def plot(self) -> Figure:
         """A figure of the dimensions, their uniform view, the n_curve and the ends of the KL."""
         return _plot(self)
+
+
+def estimate_names(panel: str) -> list[str]:
+    """The estimates of a panel, with those of the panels before it."""
+    names: list[str] = []
+    for each, own in PANELS.items():
+        names += own
+        if each == panel:
+            break
+    return names
 
 
 def measure(

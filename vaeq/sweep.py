@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vaeq.config import SCHEMA_VERSION, RunConfig, config_hash, run_name
-from vaeq.errors import InputError, VaeqError
+from vaeq.errors import InputError, RunsFailed
 from vaeq.progress import Event
 from vaeq.record import (
     RECORD,
@@ -59,7 +59,7 @@ class SweepResult:
         total = len(self.complete) + len(self.skipped) + len(self.failed)
         names = ", ".join(list(self.failed)[:_NAMED])
         more = ", ..." if len(self.failed) > _NAMED else ""
-        raise VaeqError(
+        raise RunsFailed(
             f"{len(self.failed)} of {total} runs failed: {names}{more}. "
             "The same command tries them again."
         )

@@ -1,4 +1,4 @@
-"""Hydra plugins: a sweeper that writes nothing, and launchers that hand the runs on.
+"""Hydra plugins: sweepers for a grid and for a search, and launchers that hand the runs on.
 
 Imported as ``hydra_plugins.vaeq``, the only name under which Hydra admits a plugin. Every Hydra
 program that shares our environment may scan this module, so it imports no other part of vaeq at its
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
@@ -33,12 +35,64 @@ class GridSweeper(BasicSweeper):
     """
 
     def sweep(self, arguments: list[str]) -> Any:
+        from vaeq.errors import InputError
+
         assert self.launcher is not None
+        assert self.config is not None
+        if self.config.objective is not None:
+            raise InputError(
+                "objective is for hydra/sweeper=optuna, which searches; add it, or drop objective."
+            )
         # A value on the command line replaces the preset's for the same key.
         swept = [f"{name}={value}" for name, value in self.params.items()]
         overrides = OverridesParser.create().parse_overrides([*swept, *arguments])
         (jobs,) = self.split_arguments(overrides, max_batch_size=None)
         return [self.launcher.launch(jobs, initial_job_idx=0)]
+
+
+class OptunaSweeper(Sweeper):
+    """The swept values one after another, where Optuna expects the best of ``objective``.
+
+    Args:
+        params: as for a grid; integers also as ``range(2,33)``, numbers as ``interval(0,1)`` or,
+            by their logarithm, ``tag(log,interval(1e-4,1e-2))``.
+    """
+
+    def __init__(self, params: DictConfig) -> None:
+        self.params = params
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from rich.console import Console
+
+        from vaeq.compose import run_configs, search_space, sweep_config
+        from vaeq.study import search
+
+        context, config, launcher = self.hydra_context, self.config, self.launcher
+        assert context is not None
+        assert config is not None
+        assert launcher is not None
+        swept = [f"{name!s}={value}" for name, value in self.params.items()]
+        fixed, axes = search_space([*swept, *arguments])
+
+        def jobs(points: Sequence[list[str]]) -> list[list[str]]:
+            return [[*fixed, *point] for point in points]
+
+        return search(
+            sweep_config(config),
+            axes,
+            compose=lambda points: run_configs(context.config_loader, config, jobs(points)),
+            launch=lambda points, first: launcher.launch(jobs(points), initial_job_idx=first),
+            console=Console(),
+        )
 
 
 class SweepLauncher(Launcher):
