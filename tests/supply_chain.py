@@ -1,7 +1,7 @@
 """Which versions of other people's packages vaeq is tested with, and whether they are known bad.
 
-    python -m tests.supply_chain lowest    pins of the lowest versions that pyproject.toml admits
-    python -m tests.supply_chain audit     known vulnerabilities of the versions in .ci/lock.txt
+python -m tests.supply_chain lowest    pins of the lowest versions that pyproject.toml admits
+python -m tests.supply_chain audit     known vulnerabilities of the versions in .ci/lock.txt
 """
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ def test_the_lock_has_a_version_in_range_and_hashes_for_every_package() -> None:
 
 
 def test_a_lock_is_read_with_its_markers_and_hashes() -> None:
-    text = "a-b==1.2 ; os_name == 'nt' \\\n  --hash=sha256:0 \\\n  --hash=sha256:1\n  # via c\nd==3\n"
+    text = (
+        "a-b==1.2 ; os_name == 'nt' \\\n  --hash=sha256:0 \\\n  --hash=sha256:1\n  # via c\nd==3\n"
+    )
     found = {name: (str(version), n) for name, (version, n) in locked(text).items()}
     assert found == {"a-b": ("1.2", 2), "d": ("3", 0)}
 

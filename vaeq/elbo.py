@@ -73,7 +73,8 @@ def held_out_elbo(
 
     Returns:
         ``elbo`` and ``reconstruction`` in nats per image. The error bar covers the sampling of z,
-        clustered by image; not the choice of the M images, nor the seed of the training.
+        clustered by image; not the choice of the M images, nor the seed of the training. Missing
+        where the decoder gives no number for some draw.
     """
     total = torch.zeros((), dtype=torch.float64)
     variance = torch.zeros((), dtype=torch.float64)
@@ -90,6 +91,9 @@ def held_out_elbo(
     log_px = float(total) / len(images)
     error = float(variance.sqrt()) / len(images)
     kl = float(gaussian_kl(mean.double(), logvar.double()).mean())
+    if not math.isfinite(log_px + error + kl):
+        missing = Estimate.missing("nats", "log p(x|z) of a draw z of q(z|x) is not finite")
+        return {"elbo": missing, "reconstruction": missing}
     return {
         "elbo": Estimate(log_px - kl, error, "nats"),
         "reconstruction": Estimate(log_px, error, "nats"),

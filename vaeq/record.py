@@ -211,10 +211,14 @@ def read_record(path: Path) -> RunRecord:
 
 def summary(record: RunRecord) -> str:
     """A finished run in one line."""
-    value = {name: entry["value"] for name, entry in record.estimates.items()}
+
+    def shown(name: str, decimals: int) -> str:
+        value = record.estimates[name]["value"]
+        return "not available" if value is None else f"{value:.{decimals}f}"
+
     return (
-        f"ELBO {value['elbo']:.2f} nats, KL per dimension {value['dimension_kl_mean']:.4f}, "
-        f"joint {value['marginal_kl']:.3f}, in {record.timing['total_seconds']:.0f} s"
+        f"ELBO {shown('elbo', 2)} nats, KL per dimension {shown('dimension_kl_mean', 4)}, "
+        f"joint {shown('marginal_kl', 3)}, in {record.timing['total_seconds']:.0f} s"
     )
 
 

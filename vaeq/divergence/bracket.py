@@ -55,6 +55,9 @@ _PRIOR_SHARE = 0.1
 # s is larger than q by about this share where mutual information allows it.
 _OWN_SHARE = 0.01
 _TILE = 1 << 19
+# What the float32 sums over pairs leave of the mean of their logarithms, nats: it is all of the
+# error where every image has one code.
+_ROUNDING = 2.0**-22
 
 NO_HELD_OUT = "needs held-out codes: give test_mean and test_logvar"
 
@@ -420,7 +423,7 @@ def _upper_bounds(
     ratio *= math.exp(-log_own) / (count - 1) / draws
     infonce = infonce / draws - 1
     bound = _pair_bound(log_s / draws - log_prior.mean(1), ratio, twin / draws)
-    spread = float(infonce.std()) / math.sqrt(count)
+    spread = math.hypot(float(infonce.std()) / math.sqrt(count), _ROUNDING)
     return bound, Estimate(float(infonce.mean()), spread, "nats")
 
 
@@ -435,7 +438,7 @@ def _pair_bound(log_s: torch.Tensor, ratio: torch.Tensor, twin: torch.Tensor) ->
     # either to the mean of q/s: much where such pairs decide it (1/λ), nothing where r' does.
     unseen = 2 * float(twin.square().mean().sqrt()) / count**2 / share
     influence = log_s + ratio / share
-    std_error = math.sqrt(float(influence.var()) / count + unseen**2)
+    std_error = math.sqrt(float(influence.var()) / count + unseen**2 + _ROUNDING**2)
     # The log of a mean is biased by −½ of its relative variance.
     relative = float((ratio / share).var()) / count
     return Estimate(float(log_s.mean()) + math.log(share) + 0.5 * relative, std_error, "nats")

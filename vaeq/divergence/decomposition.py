@@ -20,6 +20,8 @@ from vaeq.posterior import AggregatedPosterior
 _LOG_2PI = math.log(2 * math.pi)
 # Below this many draws five slopes cost more than they gain.
 _REGRESSION_DRAWS = 20
+# A control whose mean is so many times its spread is a constant that rounding has left.
+_CONSTANT = 1e6
 
 
 def kl_per_image(posterior: AggregatedPosterior) -> torch.Tensor:
@@ -61,8 +63,9 @@ def marginal_kl(
 
     Returns:
         Nats. std_error is the jackknife (HC3) error of the intercept: Monte Carlo error in (x, z)
-        with the N codes held fixed. Pairs are independent, so repeated images need no clustering.
-        None for S = 1.
+        with the N codes held fixed, and the rounding of log q_N and log p, which is all there is
+        where they differ by a constant. Pairs are independent, so repeated images need no
+        clustering. None for S = 1.
 
     Always defined. Once mutual_information nears log N this is kl_per_image − log N and grows with
     N: prefer the population bracket then.
@@ -101,32 +104,51 @@ def marginal_kl(
         columns.append(0.5 * whitened.square().sum(0) - 0.5 * dims)
     controls = torch.stack(columns, dim=1)
     response = log_q - log_p
+    rounded = rounding(posterior.dtype, log_q, log_p)
     if n_samples >= _REGRESSION_DRAWS:
         fitted = intercept(response, controls)
         if fitted is not None:
-            return Estimate(*fitted, "nats")
+            return Estimate(fitted[0], math.hypot(fitted[1], rounded), "nats")
     draws = response - controls[:, 0]
-    error = float(draws.std()) / math.sqrt(n_samples) if n_samples > 1 else None
-    return Estimate(float(draws.mean()), error, "nats")
+    if n_samples == 1:
+        return Estimate(float(draws.mean()), None, "nats")
+    error = float(draws.std()) / math.sqrt(n_samples)
+    return Estimate(float(draws.mean()), math.hypot(error, rounded), "nats")
+
+
+def rounding(dtype: torch.dtype, *log_densities: torch.Tensor) -> float:
+    """How far the mean of sums of log densities, made in this arithmetic, can be trusted, in nats.
+
+    The unit roundoff of their mean size: errors that differ from draw to draw average out, those
+    that all draws share do not.
+    """
+    size = sum(float(values.abs().mean()) for values in log_densities)
+    return 0.5 * torch.finfo(dtype).eps * max(1.0, size)
 
 
 def intercept(response: torch.Tensor, controls: torch.Tensor) -> tuple[float, float] | None:
     """Intercept of least squares and its HC3 standard error, which holds where noise is uneven.
 
-    None where one draw alone decides a slope, so that leaving it out is undefined.
+    A control that does not vary has no slope: kept, it would share the intercept. None where one
+    draw alone decides a slope, so that leaving it out is undefined.
     """
+    varies = controls.std(0) * _CONSTANT > controls.mean(0).abs()
+    controls = controls[:, varies]
+    # What is left is small where the response is a large number and a little noise.
+    centre = response.mean()
     design = torch.cat([torch.ones(len(response), 1, dtype=torch.float64), controls], 1)
-    # Controls may be collinear or constant (equal variances, one image): the minimum-norm fit
-    # of the scaled columns is well defined all the same.
-    scale = design.square().mean(0).sqrt()
-    design = design / torch.where(scale > 0, scale, torch.ones_like(scale))
+    # Controls may be collinear (equal variances, one image): the minimum-norm fit of the scaled
+    # columns is well defined all the same.
+    design = design / design.square().mean(0).sqrt()
     inverse = torch.linalg.pinv(design, rtol=1e-10)
+    response = response - centre
     coefficients = inverse @ response
     freedom = 1 - (design * inverse.T).sum(1)
     if float(freedom.min()) < 1e-6:
         return None
     residual = (response - design @ coefficients) / freedom
-    return float(coefficients[0]), math.sqrt(float((inverse[0] * residual).square().sum()))
+    error = math.sqrt(float((inverse[0] * residual).square().sum()))
+    return float(centre + coefficients[0]), error
 
 
 def decompose(
@@ -156,7 +178,9 @@ def decompose(
         Monte Carlo error in z, 0.0 for what is deterministic.
 
     mutual_information_fraction is undefined for N = 1 (log N = 0), dimension_kl_mean_active where
-    no dimension is active, and the std_error of what is sampled for S = 1.
+    no dimension is active, and the std_error of what is sampled for S = 1. Where kl_per_image is so
+    large that float64 does not resolve a nat of it (above 2⁵³), what is left of it by subtraction,
+    mutual_information and total_correlation, is missing.
     """
     if per_dimension is None:
         per_dimension = marginals(posterior)
@@ -170,16 +194,25 @@ def decompose(
     information = average - marginal.value
     dimension_sum = math.fsum(dimension_kl)
     ceiling = math.log(posterior.n)
+    hidden = None
+    if average > 2.0**53:
+        hidden = f"kl_per_image is {average:.3g} nats, of which float64 does not resolve one"
     return {
         "kl_per_image": Estimate(average, 0.0, "nats"),
-        "mutual_information": Estimate(information, error, "nats"),
+        "mutual_information": (
+            Estimate.missing("nats", hidden) if hidden else Estimate(information, error, "nats")
+        ),
         "mutual_information_fraction": (
-            Estimate(information / ceiling, None if error is None else error / ceiling, "1")
-            if posterior.n > 1
-            else Estimate.missing("1", "log N is 0 for a single image")
+            Estimate.missing("1", hidden or "log N is 0 for a single image")
+            if hidden or posterior.n == 1
+            else Estimate(information / ceiling, None if error is None else error / ceiling, "1")
         ),
         "marginal_kl": marginal,
-        "total_correlation": Estimate(marginal.value - dimension_sum, error, "nats"),
+        "total_correlation": (
+            Estimate.missing("nats", hidden)
+            if hidden
+            else Estimate(marginal.value - dimension_sum, error, "nats")
+        ),
         "dimension_kl_sum": Estimate(dimension_sum, 0.0, "nats"),
         "dimension_kl_mean": Estimate(dimension_sum / len(dimension_kl), 0.0, "nats/dimension"),
         "dimension_kl_max": Estimate(max(dimension_kl), 0.0, "nats/dimension"),

@@ -37,12 +37,20 @@ class Density(Protocol):
 
 
 class Gaussian:
-    """N(m, C)."""
+    """N(m, C); where C is singular in float64, as of few codes that are narrow, N(m, C + ε I).
+
+    ε is 1e-10 of the mean variance: a density may be wider than what it was fitted to.
+    """
 
     def __init__(self, name: str, mean: torch.Tensor, covariance: torch.Tensor) -> None:
         self.name = name
         self._mean = mean.double()
-        self._factor = torch.linalg.cholesky(covariance.double())
+        covariance = covariance.double()
+        self._factor, singular = torch.linalg.cholesky_ex(covariance)
+        if singular:
+            wider = covariance.clone()
+            wider.diagonal().add_(1e-10 * covariance.diagonal().mean())
+            self._factor = torch.linalg.cholesky(wider)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """log N(z; m, C)."""

@@ -14,7 +14,8 @@ def gaussian_kl(mean: torch.Tensor, covariance: torch.Tensor) -> float:
     """KL(N(m, C) ‖ N(0, I)) = ½(|m|² + Σ_k (λ_k − 1 − log λ_k)), λ the eigenvalues of C, in nats.
 
     The sum over eigenvalues of λ − 1 − log λ has no cancellation near C = I, where
-    tr C − D − log det C loses its digits.
+    tr C − D − log det C loses its digits: there λ − 1 is an eigenvalue of C − I, and a small λ one
+    of C.
 
     Args:
         mean: m, shape (D,).
@@ -25,10 +26,19 @@ def gaussian_kl(mean: torch.Tensor, covariance: torch.Tensor) -> float:
     """
     identity = torch.eye(len(mean), dtype=torch.float64, device=covariance.device)
     excess = torch.linalg.eigvalsh(covariance.double() - identity)
-    if float(excess.min()) <= -1:
+    values = torch.linalg.eigvalsh(covariance.double())  # in the same order
+    resolved = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
+    if float(values[0]) <= resolved and not _diagonal(covariance):
         return math.inf
-    trace_and_log_det = (excess - torch.log1p(excess)).sum()
+    near = excess.abs() < 0.5
+    log_value = torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), values.log())
+    trace_and_log_det = (excess - log_value).sum()
     return 0.5 * float(mean.double().square().sum() + trace_and_log_det)
+
+
+def _diagonal(covariance: torch.Tensor) -> bool:
+    """Whether the eigenvalues are the entries, exact however small."""
+    return not bool((covariance - torch.diag(covariance.diagonal())).any())
 
 
 def moment_kl(posterior: AggregatedPosterior) -> Estimate:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from vaeq.divergence.decomposition import intercept
+from vaeq.divergence.decomposition import intercept, rounding
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
 from vaeq.posterior import AggregatedPosterior
@@ -16,6 +16,9 @@ _LOG_2PI = math.log(2 * math.pi)
 _LARGEST_LOG_WEIGHT = 40.0
 # Below this many draws seven coefficients cost more than they gain.
 _REGRESSION_DRAWS = 100
+# Beyond this log q_N the shares of the components need float64, and beyond the second it has none
+# left for them either: 2 log q_N is off by 1e-3 nats.
+_SINGLE_RESOLVES, _DOUBLE_RESOLVES = 5e3, 4e12
 # Components copied at once.
 _BLOCK = 1 << 17
 
@@ -44,10 +47,12 @@ def reverse_marginal_kl(
 
     Returns:
         reverse_marginal_kl in nats, and reverse_marginal_kl_ess, the mean effective number, in
-        components. std_error: Monte Carlo error in z, HC3 of the intercept; None for S = 1.
+        components. std_error: Monte Carlo error in z, HC3 of the intercept, and the rounding of
+        log q_N; None for S = 1.
 
-    Always defined: q_N is positive everywhere. Where reverse_marginal_kl_ess is near 1, do not read
-    it as a statement about the population; prefer the population bracket.
+    The KL is always defined: q_N is positive everywhere. Its ess is not where the codes are so
+    narrow that log q_N of a draw is below −4e12, of which float64 resolves no shares. Where it is
+    near 1, do not read the KL as a statement about the population; prefer the population bracket.
 
     References:
         Owen (2013), Monte Carlo theory, methods and examples, section 8.9 (control variates by
@@ -61,22 +66,43 @@ def reverse_marginal_kl(
     z = z.to(posterior.device)
     log_q = posterior.log_prob(z).double()
     log_p = -0.5 * (z.double().square().sum(1) + posterior.latent_dim * _LOG_2PI)
-    # log Σᵢ q(z|xᵢ) and log Σᵢ q(z|xᵢ)²
-    log_sum = log_q + math.log(posterior.n)
-    squares = posterior.over_parts(_log_sum_of_squares, z)
-    effective = torch.exp(2 * log_sum - torch.logsumexp(torch.stack(squares), 0))
+    rounded = rounding(posterior.dtype, log_q, log_p)
     return {
-        "reverse_marginal_kl": _regressed(posterior, z.to("cpu", torch.float64), log_p - log_q),
-        "reverse_marginal_kl_ess": _mean(effective, "components"),
+        "reverse_marginal_kl": _regressed(
+            posterior, z.to("cpu", torch.float64), log_p - log_q, rounded
+        ),
+        "reverse_marginal_kl_ess": _effective_components(posterior, z, log_q),
     }
 
 
+def _effective_components(
+    posterior: AggregatedPosterior, z: torch.Tensor, log_q: torch.Tensor
+) -> Estimate:
+    """The mean of exp(2 log Σᵢ q(z|xᵢ) − log Σᵢ q(z|xᵢ)²) over draws of N(0, I)."""
+    largest = float(log_q.abs().max())
+    single = posterior.dtype == torch.float32
+    # Codes in shards stay what they are.
+    widened = single and largest > _SINGLE_RESOLVES and type(posterior) is AggregatedPosterior
+    if largest > (_SINGLE_RESOLVES if single and not widened else _DOUBLE_RESOLVES):
+        kind = "float32" if single and not widened else "float64"
+        reason = f"log q_N is down to {-largest:.3g}, of which {kind} resolves no shares"
+        return Estimate.missing("components", reason)
+    if widened:
+        posterior = AggregatedPosterior(posterior.mean.double(), posterior.logvar.double())
+        z = z.double()
+        log_q = posterior.log_prob(z)
+    log_squares = torch.logsumexp(torch.stack(posterior.over_parts(_log_sum_of_squares, z)), 0)
+    effective = torch.exp(2 * (log_q + math.log(posterior.n)) - log_squares)
+    rounded = 2 * rounding(posterior.dtype, log_q, log_squares) * float(effective.mean())
+    return _mean(effective, "components", rounded)
+
+
 def _regressed(
-    posterior: AggregatedPosterior, z: torch.Tensor, log_ratio: torch.Tensor
+    posterior: AggregatedPosterior, z: torch.Tensor, log_ratio: torch.Tensor, rounded: float
 ) -> Estimate:
     """The mean of log p/q_N at draws z of N(0, I), by its regression on polynomials of z."""
     if len(z) < _REGRESSION_DRAWS:
-        return _mean(log_ratio, "nats")
+        return _mean(log_ratio, "nats", rounded)
     dims, square = z.shape[1], z.square().sum(1)
     columns = [
         z.sum(1),
@@ -93,7 +119,9 @@ def _regressed(
         whitened = ((z - centre) @ root.T).square().sum(1)
         columns.append(whitened - root.square().sum() - (root @ centre).square().sum())
     fitted = intercept(log_ratio.cpu(), torch.stack(columns, 1))
-    return _mean(log_ratio, "nats") if fitted is None else Estimate(*fitted, "nats")
+    if fitted is None:
+        return _mean(log_ratio, "nats", rounded)
+    return Estimate(fitted[0], math.hypot(fitted[1], rounded), "nats")
 
 
 def _log_sum_of_squares(posterior: AggregatedPosterior, z: torch.Tensor) -> torch.Tensor:
@@ -122,6 +150,8 @@ def _log_sum_of_squares(posterior: AggregatedPosterior, z: torch.Tensor) -> torc
     return total + constant - 0.5 * float(offset)
 
 
-def _mean(draws: torch.Tensor, unit: str) -> Estimate:
-    std_error = float(draws.std()) / math.sqrt(len(draws)) if len(draws) > 1 else None
+def _mean(draws: torch.Tensor, unit: str, rounded: float) -> Estimate:
+    if len(draws) == 1:
+        return Estimate(float(draws), None, unit)
+    std_error = math.hypot(float(draws.std()) / math.sqrt(len(draws)), rounded)
     return Estimate(float(draws.mean()), std_error, unit)

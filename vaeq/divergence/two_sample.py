@@ -20,6 +20,9 @@ REPEATS = 20
 N_DIRECTIONS = 128
 _ROWS = 250
 STATISTICS = ("sliced_w2", "mmd", "energy_distance", "c2st_auc")
+# Squared distances by the expanded square are off by the unit roundoff of the largest |z|²; beyond
+# these they would be off by more than 1e-3, where the kernel's scale is 1.
+_SINGLE_RESOLVES, _DOUBLE_RESOLVES = 1.6e4, 9e12
 
 
 def sliced_w2(x: torch.Tensor, y: torch.Tensor, directions: torch.Tensor) -> float:
@@ -104,8 +107,10 @@ def two_sample(
         skewed: at D = 3, n = 50 ±2 s.e. covered 92 to 98% for values and nulls, 91 to 97% for z and
         89 to 93% for null_sd.
 
-    Always defined. They rank codes of the *same* dimension; across dimensions compare z-scores, and
-    prefer the KL decomposition, since all of these lose power as D grows.
+    Undefined: all but sliced_w2 where codes lie so far out, at 3e6 and more, that float64 does not
+    resolve distances of 1 among them; z where the null did not vary. They rank codes of the *same*
+    dimension; across dimensions compare z-scores, and prefer the KL decomposition, since all of
+    these lose power as D grows.
     """
     if n_samples < 4:
         raise InputError(f"n_samples must be >= 4, got {n_samples}.")
@@ -132,13 +137,21 @@ def two_sample(
     # Few repeats know their own spread badly: ±2 errors are to cover what they cover of many.
     student = float(special.stdtrit(repeats - 1, special.ndtr(2.0))) / 2
     root, root_of_spread = math.sqrt(repeats) / student, math.sqrt(2 * (repeats - 1)) / student
+    far = "codes lie beyond 3e6, where float64 does not resolve distances of 1"
     for name in STATISTICS:
         value, spread = _moments(found[name])
         centre, noise = _moments(null[name])
-        estimates[name] = Estimate(value, spread / root, "1")
+        if math.isnan(value):
+            estimates[name] = Estimate.missing("1", far)
+        else:
+            estimates[name] = Estimate(value, spread / root, "1")
         estimates[f"{name}_null"] = Estimate(centre, noise / root, "1")
         # The error of a standard deviation of normal draws.
         estimates[f"{name}_null_sd"] = Estimate(noise, noise / root_of_spread, "1")
+        if math.isnan(value) or noise == 0:
+            reason = far if math.isnan(value) else f"{repeats} repeats of the null gave one value"
+            estimates[f"{name}_z"] = Estimate.missing("1", reason)
+            continue
         # Both means vary, and far from the null so does the unit they are measured in.
         z_error = math.hypot(
             math.hypot(spread, noise) / noise / root,
@@ -157,13 +170,19 @@ def _distance_statistics(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
     """The three statistics that rest on the distances of all pairs, made once, a few rows a time.
 
     In float32, centred: the rounding, 1e-6 of |z|² in a squared distance, averages out far below
-    the null's noise.
+    the null's noise. Far out in float64; farther still NaN.
     """
     count = len(x)
     half = count // 2
     both = torch.cat([x, y])
-    both = (both - both.mean(0)).float()
+    both = both - both.mean(0)
     square = both.square().sum(1)
+    largest = float(square.max())
+    if largest > _DOUBLE_RESOLVES:
+        return dict.fromkeys(("mmd", "energy_distance", "c2st_auc"), math.nan)
+    if largest < _SINGLE_RESOLVES:
+        both = both.float()
+        square = both.square().sum(1)
     neighbours = max(1, round(math.sqrt(count)))
     known = torch.arange(half, device=both.device)
     known = torch.cat([known, known + count])  # classified by these, half of x and half of y
