@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -259,17 +260,14 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def ray_workers_in(folder: Path) -> dict[int, bool]:
-    """Ray's processes that work in a folder, and which of them hold a ``.lock`` file open."""
-    found = {}
+def busy_ray_workers_in(folder: Path) -> list[int]:
+    """Ray's processes that are at a task in a folder: it renames those that are not to IDLE."""
+    found = []
     for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if (place / "cwd").resolve() == folder and b"ray::" in (place / "cmdline").read_bytes():
-                found[int(place.name)] = any(
-                    file.resolve().name == LOCK for file in (place / "fd").iterdir()
-                )
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):
+            busy = (place / "cmdline").read_bytes().startswith(b"ray::run_job")
+            if busy and (place / "cwd").resolve() == folder:
+                found.append(int(place.name))
     return found
 
 
@@ -286,10 +284,8 @@ def test_of_a_ray_cluster_the_dead_worker_is_reported_and_only_its_run_is_run_ag
     with FileLock(folder / lost / LOCK):
         sweep = begin(tmp_path, *SWEPT, *on_ray)
         wait_until(lambda: len(written(folder)) == 2)
-        wait_until(lambda: any(ray_workers_in(tmp_path).values()))
-        for worker, waits in ray_workers_in(tmp_path).items():
-            if waits:
-                os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: len(busy_ray_workers_in(tmp_path)) == 1)
+        os.kill(*busy_ray_workers_in(tmp_path), signal.SIGKILL)
     said, errors = sweep.communicate(timeout=60)
     assert sweep.returncode == 1
     assert f"{lost}: failed: its job left no record: Ray says that its worker died" in said
