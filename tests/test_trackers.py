@@ -43,9 +43,10 @@ LOGGERS = [
     )
     for logger, package in trackers.PACKAGES.items()
 ]
+soak = pytest.mark.skipif(not SOAK, reason="make soak")
 # Left to make soak where a process has to start: they take seconds each.
 SOME = [
-    pytest.param(p.values[0], marks=[*p.marks, pytest.mark.skipif(not SOAK, reason="make soak")])
+    pytest.param(p.values[0], marks=[*p.marks, soak, pytest.mark.soak])
     if p.values[0] != "tensorboard"
     else p
     for p in LOGGERS
@@ -282,7 +283,9 @@ def test_members_of_an_ensemble_each_have_their_log(logger: str, logged: Tiny, r
         assert_logged(read(logger, run_directory(config)), record)
 
 
-@pytest.mark.parametrize("logger", SOME)
+@soak
+@pytest.mark.soak
+@pytest.mark.parametrize("logger", LOGGERS)
 def test_workers_of_the_pool_log_run_after_run(logger: str, logged: Tiny, read: Read) -> None:
     configs = [replace(logged(logger), seed=seed) for seed in (0, 1)]
     result = SweepResult()
@@ -362,6 +365,8 @@ def test_a_missing_package_is_one_line_before_anything_starts(
     assert not Path(tiny.outputs).exists()
 
 
+@soak
+@pytest.mark.soak
 def test_a_sweep_without_the_package_starts_no_run(vaeq: Run, tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()

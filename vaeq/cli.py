@@ -27,7 +27,12 @@ COMMANDS = {
     "sample": "pictures and arrays from a trained decoder",
 }
 EXAMPLES = {
-    "train": ("vaeq train", "vaeq train latent_dim=8 encoder_depth=3 seed=1"),
+    "train": (
+        "vaeq train",
+        "vaeq train latent_dim=8 encoder_depth=3 seed=1",
+        "vaeq train model=ppca latent_dim=8",
+        "vaeq train logger=tensorboard",
+    ),
     "sweep": (
         "vaeq sweep latent_dim=2,8,32",
         "vaeq sweep experiment=finding",
@@ -35,6 +40,8 @@ EXAMPLES = {
         "vaeq sweep experiment=finding hydra/launcher=ensemble",
         "vaeq sweep experiment=finding hydra/launcher=submitit_slurm hydra.launcher.partition=cpu",
         "vaeq sweep experiment=finding hydra/launcher=ray hydra.launcher.address=auto",
+        "vaeq sweep hydra/sweeper=optuna objective=marginal_kl latent_dim='range(2,33)' "
+        "learning_rate='tag(log,interval(1e-4,1e-2))' seed=0,1",
     ),
     "measure": (
         "vaeq measure codes=codes.npz output=codes.json",
@@ -51,8 +58,28 @@ EXAMPLES = {
         "vaeq report where='latent_dim>=8 and seed<3' baseline=latent_dim=8,encoder_depth=1",
     ),
 }
+_RUN_FILES = (
+    "outputs/<experiment>/<axes>-<hash>/, a folder a run: config.yaml, status.json, history.csv, "
+    "checkpoint.safetensors, samples.safetensors, pictures.safetensors and, last, record.json; "
+    "with logger=tensorboard or wandb_offline a folder tensorboard or wandb",
+    "outputs/.cache, the digit classifier; outputs/.trackers, with logger=trackio, wandb_offline",
+)
+WRITES = {
+    "train": _RUN_FILES,
+    "sweep": (
+        *_RUN_FILES,
+        "outputs/<experiment>/study.journal and study.csv, with hydra/sweeper=optuna",
+    ),
+    "report": (
+        "report.html, table.csv, table.md, table.tex, verdict.md, with baseline=... "
+        "differences.md, and each figure as .png and .pdf, in output",
+    ),
+    "measure": ("output, with every estimate; without it nothing",),
+    "sample": ("samples-<source>, plane, interpolations or reconstructions, .png and .npz",),
+}
 BAD_INPUT = 2
 FAILED = 1
+_RUN_FAILED = "1 a run failed, the others are finished; "
 _SHELL_COMPLETION = ("-sc", "--shell-completion")
 
 
@@ -378,11 +405,20 @@ def _print_help(command: str) -> None:
     console.print("\nSettings, with their defaults:", highlight=False)
     console.print(table, highlight=False)
     if command in ("train", "sweep"):
-        groups = ("experiment", "data", "hydra/launcher")
+        groups = ("experiment", "data", "hydra/launcher", "hydra/sweeper")
         for group in groups if command == "sweep" else groups[:2]:
             files = resources.files("vaeq.configs").joinpath(group).iterdir()
             names = sorted(file.name[:-5] for file in files if file.name.endswith(".yaml"))
             console.print(f"\n{group}= {', '.join(names)}", highlight=False, markup=False)
+    console.print("\nWrites:", highlight=False)
+    for files_written in WRITES[command]:
+        console.print(f"  {files_written}", highlight=False, markup=False)
+    failed = _RUN_FAILED if command in ("train", "sweep") else ""
+    console.print(
+        f"\nExit status: 0 done; {failed}2 bad input, one line says which, and nothing was "
+        "started; 130 or 143 stopped by Ctrl-C or SIGTERM.",
+        highlight=False,
+    )
     console.print(
         "\nHydra's own: --cfg job prints the composed settings, --info, --config-dir DIR adds a "
         "folder of your own presets, --hydra-help lists the rest.",

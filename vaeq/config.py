@@ -170,10 +170,17 @@ class DataConfig:
         "none: grey levels as Bernoulli means; dynamic: a fresh draw every epoch; static: one draw",
         choices=("none", "dynamic", "static"),
     )
-    n_train: int | None = key(None, "use the first n training images; null: all", low=1)
-    n_test: int | None = key(None, "use the first n test images; null: all", low=1)
+    n_train: int | None = key(
+        None, "use the first n training images; null: all", unit="images", low=1
+    )
+    n_test: int | None = key(None, "use the first n test images; null: all", unit="images", low=1)
     synthetic_dim: int = key(
-        4, "latent dimension that synthetic_ppca is drawn from", low=1, high=4096, later=True
+        4,
+        "latent dimension that synthetic_ppca is drawn from",
+        unit="dimensions",
+        low=1,
+        high=4096,
+        later=True,
     )
     synthetic_side: int = key(
         8, "height and width of its images", unit="pixels", low=2, high=64, later=True
@@ -274,11 +281,19 @@ class RunConfig:
         "(of the network only latent_dim matters then). q(z|x) is a diagonal Gaussian in all",
         choices=("mlp", "conv", "ppca"),
     )
-    latent_dim: int = key(2, "dimension of the latent code z", low=1, high=4096)
-    encoder_depth: int = key(2, "hidden layers of the encoder; 0 is linear", low=0, high=64)
-    encoder_width: int = key(500, "units in a hidden encoder layer", low=1, high=65536)
-    decoder_depth: int = key(2, "hidden layers of the decoder; 0 is linear", low=0, high=64)
-    decoder_width: int = key(500, "units in a hidden decoder layer", low=1, high=65536)
+    latent_dim: int = key(2, "dimension of the latent code z", unit="dimensions", low=1, high=4096)
+    encoder_depth: int = key(
+        2, "hidden layers of the encoder; 0 is linear", unit="layers", low=0, high=64
+    )
+    encoder_width: int = key(
+        500, "units in a hidden encoder layer", unit="units", low=1, high=65536
+    )
+    decoder_depth: int = key(
+        2, "hidden layers of the decoder; 0 is linear", unit="layers", low=0, high=64
+    )
+    decoder_width: int = key(
+        500, "units in a hidden decoder layer", unit="units", low=1, high=65536
+    )
     activation: str = key(
         "relu",
         "nonlinearity of the hidden layers",
@@ -291,7 +306,9 @@ class RunConfig:
         choices=("he_glorot", "mean_image", "torch"),
     )
     beta: float = key(1.0, "weight of the KL term in the training loss", low=0, high=1e6)
-    kl_warmup_epochs: int = key(0, "epochs over which the KL weight rises to beta", low=0)
+    kl_warmup_epochs: int = key(
+        0, "epochs over which the KL weight rises to beta", unit="epochs", low=0
+    )
     epochs: int = key(10, "passes over the training images", unit="epochs", low=1, high=1_000_000)
     batch_size: int = key(128, "images in a gradient step", unit="images", low=1, high=1_000_000)
     learning_rate: float = key(1e-3, "step size of Adam", above=0, high=10)
@@ -305,7 +322,10 @@ class RunConfig:
         choices=("constant", "cosine", "burda"),
     )
     early_stopping: int | None = key(
-        None, "stop after so many epochs without a better held-out ELBO; null: never", low=1
+        None,
+        "stop after so many epochs without a better held-out ELBO; null: never",
+        unit="epochs",
+        low=1,
     )
     seed: int = key(0, "seed of weights, batches and noise", low=0, high=2**31 - 1)
     device: str = key(
@@ -324,6 +344,7 @@ class RunConfig:
     threads: int | None = key(
         None,
         "CPU threads of a run; null: 1 in a sweep, all cores in vaeq train",
+        unit="threads",
         low=1,
         high=1024,
         science=False,
@@ -377,7 +398,6 @@ class SweepConfig(RunConfig):
         high=1024,
         science=False,
     )
-
     objective: str | None = key(
         None,
         "with hydra/sweeper=optuna, the estimate to search by, such as marginal_kl; where seed has "
@@ -424,7 +444,9 @@ class CodesConfig(MeasureConfig):
     )
     output: str | None = key(None, "JSON file that receives the numbers; null: print only")
     seed: int = key(0, "seed of everything that is drawn", low=0, high=2**31 - 1)
-    threads: int | None = key(None, "CPU threads; null: all cores", low=1, high=1024)
+    threads: int | None = key(
+        None, "CPU threads; null: all cores", unit="threads", low=1, high=1024
+    )
     shards: int | None = key(
         None,
         "parts in which .npy files are read, so that no process holds more than one; null: 1, or "
