@@ -243,6 +243,25 @@ def test_two_searches_do_not_share_a_folder_at_once(bench: Bench) -> None:
     assert len(bench.launched) == 1
 
 
+@pytest.mark.parametrize("content", ["no journal\n", '{"op_code": 99}\n', "link"])
+def test_a_journal_that_is_none_is_one_line(bench: Bench, content: str, tmp_path: Path) -> None:
+    bench.search(DIMENSION, n_trials=2)
+    journal = Path(bench.settings.outputs) / "default" / "study.journal"
+    journal.unlink()
+    if content == "link":
+        (tmp_path / "elsewhere").write_text("")
+        journal.symlink_to(tmp_path / "elsewhere")
+    else:
+        journal.write_text(content)
+    with pytest.raises(InputError, match=r"study\.journal .*; delete it") as caught:
+        bench.search(DIMENSION, n_trials=4)
+    assert "\n" not in str(caught.value)
+    journal.unlink()
+    ran = list(bench.launched)
+    bench.search(DIMENSION, n_trials=2)
+    assert bench.launched == ran
+
+
 def test_the_space_is_read_as_hydra_writes_it() -> None:
     fixed, axes = search_space(
         [

@@ -353,6 +353,19 @@ def test_a_tracker_that_raises_costs_a_warning_and_no_run(
     assert events[-1].kind == "complete"
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="needs tensorboard")
+def test_a_log_does_not_follow_a_link_out_of_outputs(tiny: RunConfig, tmp_path: Path) -> None:
+    config = replace(tiny, logger="tensorboard")
+    (tmp_path / "elsewhere").mkdir()
+    run_directory(config).mkdir(parents=True)
+    (run_directory(config) / "tensorboard").symlink_to(tmp_path / "elsewhere")
+    events: list[Event] = []
+    assert run(config, events.append, threads=1).state == "complete"
+    (note,) = (event for event in events if event.kind == "note")
+    assert "is a link out of outputs=" in note.message
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 @pytest.mark.parametrize("logger", trackers.PACKAGES)
 def test_a_missing_package_is_one_line_before_anything_starts(
     logger: str, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch

@@ -22,12 +22,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from rich.console import Console
 
 from vaeq.config import RunConfig, SweepConfig, run_name, science
-from vaeq.errors import InputError, RunsFailed, VaeqError
-from vaeq.record import complete_record, require_writable, run_directory, write_atomic
+from vaeq.errors import InputError, RunsFailed, VaeqError, one_line
+from vaeq.record import (
+    complete_record,
+    lock,
+    require_inside,
+    require_writable,
+    run_directory,
+    write_atomic,
+)
 from vaeq.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -105,9 +112,10 @@ def search(
     axes = [axis for axis in axes if axis.name != "seed"]
     base = _check(settings, axes, seeds, compose)
     folder = run_directory(base).parent
+    require_inside(folder, Path(base.outputs))
     require_writable(folder)
     try:
-        with FileLock(folder / ".study.lock", timeout=0):
+        with lock(folder / ".study.lock", timeout=0):
             return _Search(settings, axes, seeds, base, folder, compose, launch, console).run()
     except Timeout:
         raise InputError(f"another process is at the search in {folder}; let it finish.") from None
@@ -207,12 +215,21 @@ class _Search:
             "shared": shared,
         }
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-        return optuna.create_study(
-            study_name=f"{self.settings.objective}-{digest[:8]}",
-            storage=JournalStorage(JournalFileBackend(str(self.folder / JOURNAL))),
-            direction=StudyDirection[self.settings.direction.upper()],
-            load_if_exists=True,
-        )
+        journal = self.folder / JOURNAL
+        if journal.is_symlink():
+            raise InputError(f"{one_line(str(journal))} is a link, which no journal is; delete it.")
+        try:
+            return optuna.create_study(
+                study_name=f"{self.settings.objective}-{digest[:8]}",
+                storage=JournalStorage(JournalFileBackend(str(journal))),
+                direction=StudyDirection[self.settings.direction.upper()],
+                load_if_exists=True,
+            )
+        except Exception as error:  # of Optuna or JSON, whatever they raise on a file of others
+            raise InputError(
+                f"{one_line(str(journal))} cannot be read ({one_line(str(error), 80)}); delete it: "
+                "finished runs stay, and the search finds them again."
+            ) from None
 
     def _propose(self, study: Study, total: int) -> None:
         """Ask for trials until there are so many."""

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from vaeq.config import RunConfig, config_hash, run_name
 from vaeq.errors import InputError
-from vaeq.record import run_directory
+from vaeq.record import require_inside, run_directory
 
 Picture = npt.NDArray[np.uint8]  # (height, width, 3)
 # Beside the experiments: what trackers keep for all runs together.
@@ -66,7 +66,9 @@ def require(config: RunConfig) -> None:
     if config.logger == "none":
         return
     logger, package = config.logger, PACKAGES[config.logger]
-    _keep_at_home(package, Path(config.outputs).absolute() / FOLDER)
+    folder = Path(config.outputs).absolute() / FOLDER
+    require_inside(folder, Path(config.outputs))
+    _keep_at_home(package, folder)
     try:
         importlib.import_module(package)
     except ModuleNotFoundError:
@@ -187,14 +189,20 @@ def _keep_at_home(package: str, folder: Path) -> None:
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb"))
 
 
+def _emptied(folder: Path, config: RunConfig) -> Path:
+    """The folder of a log that begins anew; a link out of ``outputs`` is refused."""
+    require_inside(folder, Path(config.outputs))
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
 class TensorBoard(Tracker):
     """Event files in the run's folder: ``tensorboard --logdir outputs``."""
 
     def __init__(self, config: RunConfig) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        folder = run_directory(config) / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = _emptied(run_directory(config) / "tensorboard", config)
         self._writer = SummaryWriter(str(folder))
         settings = "\n".join(f"    {name}: {value}" for name, value in asdict(config).items())
         self._writer.add_text("config", settings)
@@ -260,8 +268,7 @@ class WandbOffline(Tracker):
         import wandb
 
         self._wandb = wandb
-        directory = run_directory(config)
-        shutil.rmtree(directory / "wandb", ignore_errors=True)
+        directory = _emptied(run_directory(config) / "wandb", config).parent
         self._run = wandb.init(
             project=config.experiment,
             name=run_name(config),
