@@ -283,7 +283,7 @@ def write_status(directory: Path, state: str, epoch: int, epochs: int = 10, **mo
 def write_json(path: Path, content: Any) -> None:
     """JSON, sealed, into a file whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(sealed(json.dumps(content | {"seal": BLANK}).encode()))
+    path.write_bytes(sealed(json.dumps({"seal": ""} | content | {"seal": BLANK}).encode()))
 
 
 def list_files(directory: Path) -> None:

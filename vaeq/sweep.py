@@ -5,8 +5,9 @@ No torch in this module: a sweep whose runs are all finished must be over in a m
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -103,14 +104,11 @@ def run_sweep(
     runs = {run_directory(config): config for config in configs}
     todo: list[RunConfig] = []
     result = SweepResult()
-    # Every file of a finished run is read and hashed, for which Python lets go of its lock.
-    with ThreadPoolExecutor() as threads:
-        records = threads.map(complete_record, runs, runs.values())
-        for config, record in zip(runs.values(), records, strict=True):
-            if record is None:
-                todo.append(config)
-            else:
-                result.skipped.append(run_name(config))
+    for config, record in zip(runs.values(), _complete_records(runs), strict=True):
+        if record is None:
+            todo.append(config)
+        else:
+            result.skipped.append(run_name(config))
     if result.skipped:
         console.print(
             f"{len(result.skipped)} of {len(runs)} runs are finished and skipped; "
@@ -118,11 +116,10 @@ def run_sweep(
             markup=False,
             highlight=False,
         )
-    for version, n in sorted(other_versions(todo).items()):
+    for version, n in sorted(_other_versions(todo).items()):
         console.print(
-            f"{n} of the runs to do {'have' if n > 1 else 'has'} a folder of schema_version "
-            f"{version}, whose numbers mean something else than those of {SCHEMA_VERSION}: it "
-            "stays as it is, and the run is trained beside it",
+            f"{n} of the runs to do lie beside one of the same axes under schema_version {version}; "
+            f"its numbers mean something else than those of {SCHEMA_VERSION}, and it stays",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -132,7 +129,17 @@ def run_sweep(
     return result
 
 
-def other_versions(configs: Sequence[RunConfig]) -> Counter[int]:
+def _complete_records(runs: Mapping[Path, RunConfig]) -> list[RunRecord | None]:
+    """The record of every run that is finished and sound: all their files are read and hashed."""
+    # Hashing lets go of Python's lock, and many cores hash as fast as a disk reads.
+    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        return list(threads.map(complete_record, runs, runs.values()))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _other_versions(configs: Sequence[RunConfig]) -> Counter[int]:
     """How many of these runs lie beside a record of the same axes under another schema version."""
     found: Counter[int] = Counter()
     folders: dict[Path, dict[str, list[Path]]] = {}
