@@ -118,8 +118,8 @@ def run_sweep(
         )
     for version, n in sorted(_other_versions(todo).items()):
         console.print(
-            f"{n} of the runs to do lie beside one of the same axes under schema_version {version}; "
-            f"its numbers mean something else than those of {SCHEMA_VERSION}, and it stays",
+            f"{n} of the runs to do lie beside one of the same axes of schema_version {version}; "
+            f"it stays as it is: its numbers mean something else than those of {SCHEMA_VERSION}",
             markup=False,
             highlight=False,
             soft_wrap=True,
