@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import struct
-import zipfile
 from importlib import resources
 from pathlib import Path
 
@@ -156,35 +154,12 @@ def test_files_that_are_no_npz_are_refused_and_nothing_is_unpickled(tmp_path: Pa
         read_image_set("npz", path=str(tmp_path))
     np.savez(file, x_train=GREY, x_test=GREY)
     whole = file.read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:200] + whole[300:]):
+    for content in (b"", b"no archive at all", whole[: len(whole) // 2], whole[:200] + whole[300:]):
         file.write_bytes(content)
-        with pytest.raises(InputError, match=r"cannot be read: it is damaged, or no \.npz file"):
-            read_image_set("npz", path=str(file))
-    for content in (b"", b"PK", b"no archive at all"):
-        file.write_bytes(content)
-        with pytest.raises(InputError, match=r"is no \.npz file; write it with numpy\.savez"):
+        with pytest.raises(InputError, match=r"images\.npz cannot be read: "):
             read_image_set("npz", path=str(file))
     np.savez(file, x_train=np.array([GREY, None], dtype=object), x_test=GREY)
     with pytest.raises(InputError, match="holds Python objects, which are not read"):
-        read_image_set("npz", path=str(file))
-    stream = io.BytesIO()
-    np.save(stream, GREY)
-    file.write_bytes(stream.getvalue())
-    with pytest.raises(InputError, match=r"is a single array; save several with"):
-        read_image_set("npz", path=str(file))
-
-
-def test_an_archive_made_to_fill_the_memory_is_not_unpacked(tmp_path: Path) -> None:
-    file = tmp_path / "images.npz"
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": (200_000, 28, 28)}
-    )
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x_train.npy", header.getvalue() + bytes(200_000 * 784))
-        archive.writestr("x_test.npy", header.getvalue())
-    assert file.stat().st_size < 200_000
-    with pytest.raises(InputError, match=r"packs x_train\.npy more than 1000 times"):
         read_image_set("npz", path=str(file))
 
 

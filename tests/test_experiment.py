@@ -7,17 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from vaeq import experiment, hardware
-from vaeq.config import RunConfig
+from vaeq.config import DataConfig, RunConfig, SampleConfig, identified
 from vaeq.errors import InputError, TrainingDiverged
 from vaeq.experiment import run
 from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.progress import Event
 from vaeq.record import RECORD, RunRecord, read_record, run_directory
+from vaeq.report import write_report
+from vaeq.sample import sample
 
 FILES = {
     ".lock",
@@ -200,6 +205,61 @@ def test_codes_so_narrow_that_they_need_float64_are_drawn_from_and_decoded(
     monkeypatch.setattr(experiment, "encode_all", narrow)
     record, _ = events_of(tiny)
     assert record.state == "complete"
+
+
+@pytest.mark.parametrize(("model", "colours"), [("mlp", ()), ("conv", (3,)), ("ppca", (3,))])
+def test_images_of_another_size_go_all_the_way_to_the_report(
+    tiny: RunConfig, tmp_path: Path, model: str, colours: tuple[int, ...]
+) -> None:
+    # Five rows of seven pixels that get brighter, without labels.
+    generator = np.random.default_rng(0)
+    ramp = np.linspace(40, 200, 35).reshape(5, 7, *(1 for _ in colours))
+    images = (ramp + generator.integers(-40, 40, (300, 5, 7, *colours))).astype(np.uint8)
+    file = tmp_path / "images.npz"
+    np.savez(file, train_images=images[:200], test_images=images[200:])
+    config = replace(
+        tiny,
+        model=model,
+        data=DataConfig(name="npz", path=str(file)),
+        generation=replace(tiny.generation, quality=True, n_importance=5),
+    )
+    record, _ = events_of(config)
+    (config,) = identified([config])
+    assert record.provenance["data"] == {
+        "name": "npz",
+        "md5": config.data.md5,
+        "n_train": 200,
+        "n_test": 100,
+    }
+    assert record.config["data"]["md5"] == config.data.md5
+    quality = record.estimates["fid_prior"]
+    assert quality["value"] is None
+    folder = run_directory(config)
+    assert set(load_file(folder / "samples.safetensors")) == {"z"}
+    if model == "ppca":
+        assert "samples of ppca are grey levels" in quality["reason"]
+        return
+    size = " x ".join(map(str, images.shape[1:]))
+    assert quality["reason"].endswith(f"28 x 28 pixels, and these are {size}")
+    pictures = load_file(folder / "pictures.safetensors")
+    assert pictures["prior"].shape == (64, 5, 7, *colours)
+    assert (pictures["originals"] == images[200:220]).all()
+    # Two epochs are enough to find the mean image.
+    assert np.abs(pictures["prior"].mean(0) - images.mean(0)).max() < 100
+
+    png, npz = sample(SampleConfig(run=str(folder), n=4))
+    with Image.open(png) as shown, np.load(npz) as arrays:
+        assert shown.mode == ("RGB" if colours else "L")
+        assert shown.size == (2 * 9 + 2, 2 * 7 + 2)
+        assert arrays["images"].shape == (4, 5, 7, *colours)
+        assert (np.asarray(shown)[2:7, 2:9] == arrays["images"][0]).all()
+    if colours:
+        write_report([folder.parent], tmp_path / "report", Console(quiet=True))
+        for figure in ("samples", "decoder"):
+            with Image.open(tmp_path / "report" / f"{figure}.png") as drawn:
+                pixels = np.asarray(drawn.convert("RGB")).astype(int)
+                # No two channels of the drawn text and lines differ by so much.
+                assert (np.ptp(pixels, axis=2) > 60).any()
 
 
 @pytest.mark.parametrize("binarize", ["static", "dynamic"])

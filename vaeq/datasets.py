@@ -18,7 +18,6 @@ it is known whether anything is left to do.
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vaeq.errors import InputError, one_line
-from vaeq.idx import LARGEST, read_idx
+from vaeq.idx import read_idx
+from vaeq.npy import npz_names, read_npz
 
 # The class of torchvision, which is also its folder.
 _FAMILIES = {"fashion_mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist": "EMNIST"}
@@ -37,9 +37,6 @@ _CACHE = Path("~/.cache/vaeq")
 # Of the package dataset-fashion-mnist.
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _CHANNELS = (1, 3)
-# What a .npz packs better than this is made to fill the memory; few bytes may be all alike.
-_MOST_EXPANSION = 1000
-_ALWAYS_UNPACKED = 64 * 2**20
 _NPZ_NAMES = {
     "train_images": ("train_images", "x_train"),
     "train_labels": ("train_labels", "y_train"),
@@ -220,36 +217,9 @@ def _read_npz(path: Path) -> ImageSet:
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
         raise InputError(f"{text} {what}; data=npz takes a .npz file.")
-    try:
-        with path.open("rb") as stream:
-            magic = stream.read(6)
-            if magic == b"\x93NUMPY":
-                raise InputError(f"{text} is a single array; save several with numpy.savez.")
-            if magic[:4] not in (b"PK\3\4", b"PK\5\6"):
-                raise InputError(f"{text} is no .npz file; write it with numpy.savez.")
-            # NumPy leaves a file that it opened itself open where it is no archive.
-            stream.seek(0)
-            with np.load(stream, allow_pickle=False) as archive:
-                found = _npz_names(archive.files, text)
-                arrays = {}
-                for part, name in found.items():
-                    assert archive.zip is not None
-                    _check_size(archive.zip.getinfo(f"{name}.npy"), text)
-                    arrays[part] = archive[name]
-    except InputError:
-        raise
-    except MemoryError:
-        raise InputError(f"{text} is larger than the free memory; keep fewer images.") from None
-    # NumPy, zipfile and zlib raise a dozen unrelated types on what is cut short or no archive.
-    except Exception as error:
-        if "pickle" in str(error):
-            raise InputError(
-                f"{text} holds Python objects, which are not read; save arrays of bytes or floats."
-            ) from None
-        raise InputError(
-            f"{text} cannot be read: it is damaged, or no .npz file; write it with numpy.savez."
-        ) from None
-    return _checked(arrays, {part: f"{name} of {text}" for part, name in found.items()})
+    names = _npz_names(npz_names(path, text), text)
+    arrays = {part: read_npz(path, name, text) for part, name in names.items()}
+    return _checked(arrays, {part: f"{name} of {text}" for part, name in names.items()})
 
 
 def _npz_names(names: Sequence[str], text: str) -> dict[str, str]:
@@ -265,17 +235,6 @@ def _npz_names(names: Sequence[str], text: str) -> dict[str, str]:
             shown = ", ".join(one_line(name, 40) for name in names[:8]) or "nothing"
             raise InputError(f"{text} must hold {candidates[0]} (or {candidates[1]}), got {shown}.")
     return found
-
-
-def _check_size(info: zipfile.ZipInfo, text: str) -> None:
-    """Refuse what would fill the memory, before it does: zipfile unpacks no more than it says."""
-    if info.file_size > 8 * LARGEST:
-        raise InputError(f"{text} holds {info.file_size} bytes of {info.filename}; keep fewer.")
-    if info.file_size > max(_MOST_EXPANSION * info.compress_size, _ALWAYS_UNPACKED):
-        raise InputError(
-            f"{text} packs {info.filename} more than {_MOST_EXPANSION} times; "
-            "write it with numpy.savez if that is meant."
-        )
 
 
 def _checked(arrays: dict[str, npt.NDArray[Any]], places: dict[str, str]) -> ImageSet:
