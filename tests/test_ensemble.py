@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from tests.test_train import fresh
 from vaeq import experiment
-from vaeq.config import RunConfig
+from vaeq.config import GenerationConfig, RunConfig
 from vaeq.data import Images
 from vaeq.elbo import gaussian_kl, reconstruction
 from vaeq.ensemble import Ensemble, Moments, _log_likelihood, encode_all
 from vaeq.errors import TrainingDiverged
 from vaeq.model import ACTIVATIONS, VAE
 from vaeq.progress import Event
-from vaeq.record import read_record, run_directory
+from vaeq.record import RunRecord, read_record, run_directory
 from vaeq.train import Recipe, State, fit, fit_together
 
 PIXELS = 12
@@ -237,7 +237,8 @@ def configs(tiny: RunConfig, **changes: Any) -> list[RunConfig]:
 
 def test_an_ensemble_leaves_the_files_of_single_runs(tiny: RunConfig, tmp_path: Path) -> None:
     events: list[Event] = []
-    members = configs(tiny)
+    asked = GenerationConfig(n_importance=20, likelihood_images=100, quality=False)
+    members = configs(replace(tiny, generation=asked))
     endings = experiment.run_ensemble(members, events.append, threads=1)
     assert [event.kind for event in events].count("complete") == 4
     for config, ending in zip(members, endings, strict=True):
@@ -254,6 +255,22 @@ def test_an_ensemble_leaves_the_files_of_single_runs(tiny: RunConfig, tmp_path: 
         for name, entry in expected.estimates.items():
             found = record.estimates[name]
             assert found["value"] == pytest.approx(entry["value"], rel=0.02, abs=0.02), name
+
+
+def test_likelihoods_that_fail_together_are_asked_one_by_one(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("not together")
+
+    monkeypatch.setattr(experiment, "likelihoods", fail)
+    asked = GenerationConfig(n_importance=20, likelihood_images=100, quality=False)
+    endings = experiment.run_ensemble(
+        configs(replace(tiny, generation=asked)), lambda event: None, threads=1
+    )
+    for ending in endings:
+        assert isinstance(ending, RunRecord)
+        assert ending.estimates["log_likelihood"]["value"] < 0
 
 
 def test_a_member_is_resumed_alone_and_the_others_are_skipped(

@@ -24,11 +24,12 @@ from vaeq.codes import CodesWarning
 from vaeq.config import DataConfig, RunConfig, config_hash, identified, run_name
 from vaeq.conv import ConvVAE, require_depth
 from vaeq.data import Images, load_images, mean_image
+from vaeq.divergence.ex_post import ExPost
 from vaeq.elbo import held_out_elbo
-from vaeq.ensemble import encode_all
+from vaeq.ensemble import Ensemble, Moments, encode_all
 from vaeq.errors import Taken, VaeqError
 from vaeq.estimate import Estimate
-from vaeq.generation import ANNEALED, LIKELIHOOD, Decoder
+from vaeq.generation import ANNEALED, LIKELIHOOD, Decoder, likelihoods
 from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.measurement import estimate_names, measure
 from vaeq.model import VAE
@@ -227,9 +228,8 @@ def run_ensemble(
             trained = [i for i in together if failures[i] is None]
             for start in range(0, len(trained), _ENCODED):
                 some = trained[start : start + _ENCODED]
-                codes = _encode([runs[i] for i in some])
-                for i, own in zip(some, codes, strict=True):
-                    endings[i] = _finish(runs[i], partial(_measure_vae, runs[i], *own))
+                for i, ending in zip(some, _measure([runs[i] for i in some]), strict=True):
+                    endings[i] = ending
     return [ending for ending in endings if ending is not None]
 
 
@@ -398,11 +398,51 @@ def _train(runs: Sequence[_Run]) -> list[Exception | None]:
     return failures
 
 
-def _encode(runs: Sequence[_Run]) -> list[tuple[Codes, Codes]]:
-    """Codes of the training and of the held-out images of every run."""
+def _measure(runs: Sequence[_Run]) -> list[RunRecord | Exception]:
+    """Encode runs that were trained together as one program, and measure and record each."""
+    images = runs[0].images
     vaes = [run.state.vae for run in runs]
-    train, test = (encode_all(vaes, runs[0].images.observed(part)) for part in ("train", "test"))
-    return list(zip(train, test, strict=True))
+    codes = [encode_all(vaes, images.observed(part)) for part in ("train", "test")]
+    decoders = [
+        Decoder(vae.decode, train, test, images)
+        for vae, train, test in zip(vaes, *codes, strict=True)
+    ]
+    judged = _judge_together(runs, decoders) if len(runs) > 1 else [None] * len(runs)
+    return [
+        _finish(run, partial(_measure_vae, run, decoder, known))
+        for run, decoder, known in zip(runs, decoders, judged, strict=True)
+    ]
+
+
+def _judge_together(
+    runs: Sequence[_Run], decoders: Sequence[Decoder]
+) -> Sequence[tuple[ExPost, dict[str, Estimate]] | None]:
+    """The ex-post mixture of every run, and log p(x) of all as one program, where it is asked for.
+
+    None for all also where it fails: asked one by one, the run that cannot have it fails alone.
+    """
+    nothing = [None] * len(runs)
+    wanted = runs[0].config.generation
+    if wanted.n_importance is None:
+        return nothing
+    vaes = [run.state.vae for run in runs]
+    stack = Ensemble(vaes, [Moments() for _ in vaes], [0.0] * len(vaes))
+    try:
+        ex_posts = [
+            decoder.fit_ex_post(_generator(run, "ex-post"))
+            for run, decoder in zip(runs, decoders, strict=True)
+        ]
+        found = likelihoods(
+            decoders,
+            stack.decode,
+            ex_posts,
+            [_generator(run, "likelihood") for run in runs],
+            n_importance=wanted.n_importance,
+            n_images=wanted.likelihood_images,
+        )
+    except Exception:
+        return nothing
+    return list(zip(ex_posts, found, strict=True))
 
 
 def _finish(run: _Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception:
@@ -420,17 +460,19 @@ def _finish(run: _Run, measured: Callable[[], RunRecord]) -> RunRecord | Excepti
     return record
 
 
-def _measure_vae(run: _Run, codes: Codes, test_codes: Codes) -> RunRecord:
-    """What there is to know of a trained VAE."""
+def _measure_vae(
+    run: _Run, decoder: Decoder, judged: tuple[ExPost, dict[str, Estimate]] | None
+) -> RunRecord:
+    """What there is to know of a trained VAE; its likelihood may be ``judged`` by now."""
     began = time.perf_counter()
-    decode, images = run.state.vae.decode, run.images
     generator = _generator(run, "measure")
-    estimates = held_out_elbo(decode, *test_codes, images.observed("test"), generator)
-    decoder = Decoder(decode, codes, test_codes, images)
-    more, settings, pictures = _generate(run, decoder)
+    held_out = run.images.observed("test")
+    estimates = held_out_elbo(decoder.decode, *decoder.test_codes, held_out, generator)
+    more, settings, pictures = _generate(run, decoder, judged)
     content = save({name: values.cpu() for name, values in pictures.items()})
     run.files[PICTURES] = write_listed(run.directory / PICTURES, content)
     seconds = sum(row["seconds"] for row in run.history)
+    codes, test_codes = decoder.codes, decoder.test_codes
     return _record(run, codes, test_codes, estimates | more, settings, generator, began, seconds)
 
 
@@ -475,14 +517,18 @@ def _generator(run: _Run, *purpose: str) -> torch.Generator:
 
 
 def _generate(
-    run: _Run, decoder: Decoder
+    run: _Run, decoder: Decoder, judged: tuple[ExPost, dict[str, Estimate]] | None
 ) -> tuple[dict[str, Estimate], dict[str, Any], dict[str, torch.Tensor]]:
     """Likelihood, sample quality and pictures, as far as the config asks for them."""
     wanted = run.config.generation
-    ex_post = decoder.fit_ex_post(_generator(run, "ex-post"))
     estimates: dict[str, Estimate] = {}
+    if judged is not None:
+        ex_post, likelihood = judged
+        estimates |= likelihood
+    else:
+        ex_post = decoder.fit_ex_post(_generator(run, "ex-post"))
     settings: dict[str, Any] = {"ex_post_components": ex_post.components}
-    if wanted.n_importance is not None:
+    if wanted.n_importance is not None and judged is None:
         estimates |= decoder.likelihood(
             ex_post,
             _generator(run, "likelihood"),

@@ -6,7 +6,7 @@ samples decoded from either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from vaeq.data import Images
 from vaeq.divergence.ex_post import ExPost, fit_ex_post
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.likelihood import ais_check, log_likelihood
+from vaeq.likelihood import ais_check, log_likelihood_together
 from vaeq.posterior import AggregatedPosterior
 from vaeq.quality import FLOOR, missing_quality, sample_quality
 from vaeq.samplers import (
@@ -37,7 +37,7 @@ RECONSTRUCTED = 20
 PAIRS, STEPS = 6, 10
 PLANE_SIDE = 20
 
-# The estimates of Decoder.likelihood and of Decoder.annealed.
+# The estimates of likelihoods and of Decoder.annealed.
 LIKELIHOOD = (
     "log_likelihood",
     "inference_gap",
@@ -78,17 +78,15 @@ class Decoder:
         self, ex_post: ExPost, generator: torch.Generator, *, n_importance: int, n_images: int
     ) -> dict[str, Estimate]:
         """log p(x), inference gap and prior cost of the first held-out images."""
-        part = slice(n_images)
-        mean, logvar = self.test_codes
-        return log_likelihood(
-            self.decode,
-            mean[part],
-            logvar[part],
-            self.images.observed("test")[part],
-            generator,
+        (found,) = likelihoods(
+            [self],
+            lambda z: self.decode(z[0])[None],
+            [ex_post],
+            [generator],
             n_importance=n_importance,
-            log_prior=ex_post.density.log_prob,
+            n_images=n_images,
         )
+        return found
 
     def annealed(self, generator: torch.Generator, n_images: int) -> dict[str, Estimate]:
         """What importance sampling misses, by annealing."""
@@ -152,6 +150,34 @@ class Decoder:
         """The manifold of a two-dimensional code."""
         mean = self.codes[0]
         return as_uint8(latent_plane(self.decode, mean.shape[1], side, device=mean.device))
+
+
+def likelihoods(
+    decoders: Sequence[Decoder],
+    decode: Decode,
+    ex_posts: Sequence[ExPost],
+    generators: Sequence[torch.Generator],
+    *,
+    n_importance: int,
+    n_images: int,
+) -> list[dict[str, Estimate]]:
+    """log p(x), inference gap and prior cost of the first held-out images, as one program.
+
+    Args:
+        decoders: of the same images.
+        decode: all of them at once, codes (E, B, D) → Bernoulli logits (E, B, pixels).
+        ex_posts, generators: one a decoder.
+    """
+    part = slice(n_images)
+    return log_likelihood_together(
+        decode,
+        [decoder.test_codes[0][part] for decoder in decoders],
+        [decoder.test_codes[1][part] for decoder in decoders],
+        decoders[0].images.observed("test")[part],
+        generators,
+        n_importance=n_importance,
+        log_priors=[ex_post.density.log_prob for ex_post in ex_posts],
+    )
 
 
 def _no_classifier(images: Images) -> str | None:
