@@ -30,7 +30,9 @@ def requirements(project: dict[str, Any], extras: Iterable[str] = EXTRAS) -> lis
     texts = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     for extra in extras:
         texts += project["project"]["optional-dependencies"][extra]
-    return [Requirement(text) for text in dict.fromkeys(texts)]
+    wanted = [Requirement(text) for text in dict.fromkeys(texts)]
+    # An extra of other extras names the project itself.
+    return [each for each in wanted if each.name != project["project"]["name"]]
 
 
 def lowest(wanted: Iterable[Requirement]) -> list[str]:

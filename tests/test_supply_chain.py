@@ -34,8 +34,12 @@ def test_the_lowest_versions_are_the_lower_bounds() -> None:
     project: dict[str, Any] = {
         "build-system": {"requires": ["setuptools>=77"]},
         "project": {
+            "name": "vaeq",
             "dependencies": ["torch>=2.7,<3", "hydra-core<1.4,>=1.3.8"],
-            "optional-dependencies": {"dev": ["zuko>=1.3,<2"], "flow": ["zuko>=1.3,<2"]},
+            "optional-dependencies": {
+                "dev": ["zuko>=1.3,<2"],
+                "flow": ["zuko>=1.3,<2", "vaeq[dev]"],
+            },
         },
     }
     pins = lowest(requirements(project))
