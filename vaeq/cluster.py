@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -25,6 +25,7 @@ from vaeq.record import (
     LOCK,
     RECORD,
     RunRecord,
+    lock,
     read_record,
     read_status,
     run_directory,
@@ -153,7 +154,7 @@ def _lost(one: _Watched, word: str) -> str:
     message = f"its job left no record: {word}"
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(directory / LOCK, timeout=0):
+        with lock(directory / LOCK, timeout=0):
             if one.new_record() is None:
                 record_death(one.config, max(one.first, one.epoch), message)
     except Timeout:
