@@ -91,6 +91,7 @@ def test_the_hash_knows_every_setting_that_changes_the_science() -> None:
         "threads": 2,
         "outputs": "elsewhere",
         "experiment": "other",
+        "logger": "tensorboard",
     }
     # A new setting must be put on one side or the other, here.
     assert different.keys() | same.keys() == asdict(config).keys()
