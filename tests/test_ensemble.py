@@ -18,7 +18,7 @@ from vaeq.config import GenerationConfig, RunConfig
 from vaeq.data import Images
 from vaeq.elbo import gaussian_kl, reconstruction
 from vaeq.ensemble import Ensemble, Moments, _log_likelihood, encode_all
-from vaeq.errors import TrainingDiverged
+from vaeq.errors import TrainingDiverged, VaeqError
 from vaeq.model import ACTIVATIONS, VAE
 from vaeq.progress import Event
 from vaeq.record import RunRecord, read_record, run_directory
@@ -150,7 +150,7 @@ def states(latent_dims: list[int]) -> list[State]:
     return [fresh(seed, latent_dim) for seed, latent_dim in enumerate(latent_dims)]
 
 
-def refuse(member: int, error: TrainingDiverged) -> None:
+def refuse(member: int, error: VaeqError) -> None:
     raise error
 
 
@@ -163,7 +163,7 @@ def test_members_end_as_they_would_alone(small: Images) -> None:
         )
     ]
     together, alone = states(dims), states(dims)
-    fit_together(together, small, recipes, on_diverged=refuse)
+    fit_together(together, small, recipes, on_failed=refuse)
     for member, solo, own in zip(together, alone, recipes, strict=True):
         fit(solo, small, own)
         for ours, theirs in zip(member.history, solo.history, strict=True):
@@ -174,9 +174,9 @@ def test_members_end_as_they_would_alone(small: Images) -> None:
 def test_a_member_that_diverges_leaves_and_the_others_go_on(small: Images) -> None:
     recipes = [Recipe(3, 64, rate, seed) for seed, rate in enumerate([1e-3, 1e6, 1e-3])]
     together, alone = states([2, 2, 4]), states([2, 2, 4])
-    fallen: dict[int, TrainingDiverged] = {}
+    fallen: dict[int, VaeqError] = {}
     epochs: list[int] = []
-    fit_together(together, small, recipes, on_epoch=epochs.append, on_diverged=fallen.__setitem__)
+    fit_together(together, small, recipes, on_epoch=epochs.append, on_failed=fallen.__setitem__)
     assert list(fallen) == [1]
     assert fallen[1].epoch == 1
     assert epochs == [0, 2] * 3
@@ -193,7 +193,7 @@ def test_a_member_that_stops_early_leaves_with_its_best_weights(small: Images) -
     recipes = [Recipe(300, 10, 5e-3, 0, early_stopping=3), Recipe(300, 10, 5e-3, 1)]
     recipes[1] = replace(recipes[1], early_stopping=8)
     both = states([2, 2])
-    fit_together(both, few, recipes, on_diverged=refuse)
+    fit_together(both, few, recipes, on_failed=refuse)
     lengths = [state.epoch for state in both]
     assert lengths[0] != lengths[1]
     for state, own in zip(both, recipes, strict=True):

@@ -18,9 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vaeq.errors import InputError
+from vaeq.errors import DiskError, InputError
 from vaeq.foreign import require_regular
-from vaeq.record import lock, write_atomic
+from vaeq.record import lock, remove_temporaries, write_atomic
 from vaeq.seeds import derive_seed
 
 # Raise it when anything here changes what is trained.
@@ -98,14 +98,22 @@ def load_classifier(
         folder: made if it does not exist.
         train, test: (N, 784) uint8, and labels (N,) below 10; test measures the accuracy alone.
         data_md5: what tells one data set from another.
+
+    Raises:
+        DiskError: the folder cannot be written.
     """
     for name, images in (("train", train), ("test", test)):
         if images.ndim != 2 or images.shape[1] != _SIDE**2:
             raise InputError(f"{name} must have shape (N, {_SIDE**2}), got {tuple(images.shape)}.")
     identity = classifier_hash(data_md5, len(train), len(test))
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"classifier-{identity[:8]}.safetensors"
-    with lock(path.with_suffix(".lock")):
+    own = lock(path.with_suffix(".lock"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own.acquire()
+    except OSError as error:
+        raise DiskError(folder, error) from None
+    with own:
         found = _read(path, identity, train.device)
         if found is not None:
             return found
@@ -118,6 +126,7 @@ def load_classifier(
             "accuracy": json.dumps(accuracy),
             "checksum": checksum,
         }
+        remove_temporaries(folder, f"{path.name}.*")
         write_atomic(path, save(tensors, metadata))
     return Classifier(network, accuracy, checksum, trained=True)
 

@@ -85,13 +85,13 @@ _SHELL_COMPLETION = ("-sc", "--shell-completion")
 
 def main() -> None:
     """Entry point of ``vaeq``; exits 0, 1 (a run failed), 2 (bad input), 130 or 143 (stopped)."""
-    signal.signal(signal.SIGTERM, _terminate)
     _print_in_any_encoding()
     # Read once, when torch loads OpenMP. A thread that spins for a millisecond at every barrier is
     # what makes a step ten times slower where another program has its core; one that sleeps at once
     # doubles the time of a step where none has. Some ten microseconds cost neither much.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         _dispatch(sys.argv[1:])
     except InputError as error:
         _exit(str(error), BAD_INPUT)
@@ -99,10 +99,30 @@ def main() -> None:
         _exit(str(error), FAILED)
     except KeyboardInterrupt:
         _exit("stopped; finished runs and epochs are kept, the same command goes on.", 130)
+    except _Terminated:
+        _exit("terminated; finished runs and epochs are kept, the same command goes on.", 143)
     except BrokenPipeError:
-        # The reader of our output has gone (vaeq ... | head); Python must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has gone (vaeq ... | head).
+        _drop_output()
         sys.exit(FAILED)
+    except OSError as error:
+        # Output into a file on a full disk, say.
+        _drop_output()
+        where = f"{error.filename}: " if error.filename else ""
+        _exit(f"{where}{error.strerror or error}.", FAILED)
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that workers are stopped and temporary files removed."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _drop_output() -> None:
+    """What cannot be written is not tried again: Python would complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_in_any_encoding() -> None:
@@ -132,11 +152,6 @@ def _exit(sentence: str, status: int) -> None:
     # A name from a file must not act on the terminal either.
     print(f"vaeq: {one_line(sentence, 5000)}", file=sys.stderr)  # noqa: T201
     sys.exit(status)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    # SystemExit unwinds like Ctrl-C: workers are stopped, temporary files removed.
-    _exit("terminated; finished runs and epochs are kept, the same command goes on.", 143)
 
 
 def _dispatch(arguments: list[str]) -> None:

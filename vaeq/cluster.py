@@ -12,26 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from filelock import Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from vaeq.compose import explain
 from vaeq.config import RunConfig, run_config, run_name
-from vaeq.errors import InputError
+from vaeq.errors import DiskError, InputError, Taken
+from vaeq.lock import RunLock
 from vaeq.progress import Event, display
 from vaeq.record import (
-    LOCK,
     RECORD,
     RunRecord,
-    lock,
     read_record,
     read_status,
     run_directory,
     summary,
 )
-from vaeq.sweep import SweepResult, record_death
+from vaeq.sweep import SweepResult, record_death, write_death
 
 S = TypeVar("S")
 
@@ -152,13 +150,14 @@ def _lost(one: _Watched, word: str) -> str:
     """Record a run whose job ended without a word, unless somebody else is at it by now."""
     directory = run_directory(one.config)
     message = f"its job left no record: {word}"
-    directory.mkdir(parents=True, exist_ok=True)
     try:
-        with lock(directory / LOCK, timeout=0):
+        with RunLock(directory):
             if one.new_record() is None:
-                record_death(one.config, max(one.first, one.epoch), message)
-    except Timeout:
+                write_death(one.config, max(one.first, one.epoch), message)
+    except Taken:
         return f"{message}; another process has taken the run up"
+    except DiskError as error:
+        return f"{message}; {error}"
     return message
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 
 class VaeqError(Exception):
     """A failure that is not our bug; the command line prints it without a traceback."""
@@ -31,6 +34,28 @@ class Taken(VaeqError):
 
     def __init__(self, run: str) -> None:
         super().__init__(f"another process is at {run}; wait for it, or stop it")
+
+
+class DiskError(VaeqError, OSError):
+    """A file that could not be written: the disk is full, closed to us, failing or gone."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        OSError.__init__(self, error.errno, error.strerror or str(error), str(path))
+
+    def __str__(self) -> str:
+        remedy = _REMEDIES.get(self.errno or 0, "put that right")
+        return f"{self.filename} cannot be written: {self.strerror}; {remedy} and try again"
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EIO: "check the disk",
+    errno.ENOENT: "leave its folder where it is",
+}
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 import traceback
@@ -14,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 from safetensors.torch import save
 
 from vaeq import __version__
 from vaeq.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from vaeq.checksum import DamagedFile, UnreadableFile
+from vaeq.checksum import DamagedFile
 from vaeq.codes import CodesWarning
 from vaeq.config import DataConfig, RunConfig, config_hash, identified, run_name
 from vaeq.conv import ConvVAE, require_depth
@@ -27,10 +27,12 @@ from vaeq.data import Images, load_images, mean_image
 from vaeq.divergence.ex_post import ExPost
 from vaeq.elbo import held_out_elbo
 from vaeq.ensemble import Ensemble, Moments, encode_all
-from vaeq.errors import Taken, VaeqError
+from vaeq.errors import DiskError, Taken, VaeqError
 from vaeq.estimate import Estimate
 from vaeq.generation import ANNEALED, LIKELIHOOD, Decoder, likelihoods
 from vaeq.hardware import resolve_device, resolve_precision
+from vaeq.interrupts import held_back
+from vaeq.lock import RunLock
 from vaeq.measurement import estimate_names, measure
 from vaeq.model import VAE
 from vaeq.ppca import fit_ppca
@@ -41,14 +43,13 @@ from vaeq.record import (
     CHECKPOINT,
     CONFIG,
     HISTORY,
-    LOCK,
     PICTURES,
     SAMPLES,
     RunRecord,
     columns,
     complete_record,
     inspect_run,
-    lock,
+    remove_temporaries,
     require_inside,
     require_writable,
     run_directory,
@@ -68,6 +69,8 @@ Notify = Callable[[Event], None]
 Codes = tuple[torch.Tensor, torch.Tensor]  # mean and logvar, (N, D) each
 # Samples of q(z|x) kept for the pictures of the report.
 _KEPT_SAMPLES = 10_000
+# Seconds between two looks at a run that another process is at.
+_LOOK = 1.0
 # Models encoded together: their codes are held at once, 31 MB each at D = 64.
 _ENCODED = 16
 
@@ -119,6 +122,7 @@ class _Run:
 
     config: RunConfig
     directory: Path
+    lock: RunLock
     images: Images
     provenance: dict[str, Any]
     notify: Notify
@@ -137,6 +141,15 @@ class _Run:
     @property
     def name(self) -> str:
         return run_name(self.config)
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Write one of its files, which its record will list.
+
+        Raises:
+            DiskError: it cannot be written, or the folder is not this run's any more.
+        """
+        self.lock.require_held()
+        self.files[name] = write_listed(self.directory / name, content)
 
     def tell(self, kind: str, epoch: int, done: int = 0, elbo: float | None = None) -> None:
         """An event of training, ``done`` images into the epoch after ``epoch``."""
@@ -171,34 +184,40 @@ def run(config: RunConfig, notify: Notify, threads: int, *, wait: bool = True) -
     Args:
         notify: receives an Event a step; it must be quick.
         threads: CPU threads of this process; part of what makes weights bit-identical.
-        wait: for a process that is at the same run, on whatever machine, to end.
+        wait: for another process that is at the run, to take it up where that leaves it.
 
     Raises:
         InputError: the device, the data or the folder cannot be used; nothing is written.
-        Taken: another process is at it, and ``wait`` is false; nothing is written.
+        Taken: another process is at the run, and ``wait`` is false.
         TrainingDiverged: the loss is not finite; the run is recorded as failed.
+        DiskError: a file cannot be written; the run is recorded as failed, if that can be written.
     """
-    (ending,) = run_ensemble([config], notify, threads, wait=wait)
+    (ending,) = run_ensemble([config], notify, threads)
+    if wait and isinstance(ending, Taken):
+        notify(Event("note", run_name(config), message="another process is at it; waiting for it"))
+        while isinstance(ending, Taken):
+            time.sleep(_LOOK)
+            (ending,) = run_ensemble([config], notify, threads)
     if isinstance(ending, Exception):
         raise ending
     return ending
 
 
 def run_ensemble(
-    configs: Sequence[RunConfig], notify: Notify, threads: int, *, wait: bool = True
+    configs: Sequence[RunConfig], notify: Notify, threads: int
 ) -> list[RunRecord | Exception]:
     """Train runs of one shape as one program, then measure and record each as if it were alone.
 
     Finished ones are skipped; half-trained ones go on, those at the same epoch together, and those
-    of model=conv one after the other. A member that fails is recorded, and the others go on.
+    of model=conv one after the other. A member that fails is recorded, and the others go on; one
+    that another process is at is left to it.
 
     Args:
         configs: of one network but for latent_dim, and one data, batch_size, epochs, warm-up of
             the learning rate, schedule, precision and device; see ``vaeq.sweep.ensembles``.
-        wait: as for :func:`run`.
 
     Returns:
-        The record of each, or why it has none.
+        The record of each, or why it has none: Taken where another process is at it.
     """
     configs = identified(configs)
     torch.set_num_threads(threads)
@@ -207,8 +226,8 @@ def run_ensemble(
         runs: dict[int, _Run] = {}
         for i, config in enumerate(configs):
             try:
-                begun: _Run | RunRecord = _begin(config, notify, threads, locks, wait)
-            except UnreadableFile as error:
+                begun: _Run | RunRecord = _begin(config, notify, threads, locks)
+            except VaeqError as error:
                 endings[i] = error
                 continue
             if isinstance(begun, RunRecord):
@@ -242,29 +261,34 @@ def _programs(runs: dict[int, _Run]) -> list[dict[int, _Run]]:
     return [found[key] for key in sorted(found)]
 
 
-def _begin(
-    config: RunConfig, notify: Notify, threads: int, locks: ExitStack, wait: bool
-) -> RunRecord | _Run:
-    """The record of a finished run, or the run, locked, at its last epoch on disk."""
+def _begin(config: RunConfig, notify: Notify, threads: int, locks: ExitStack) -> RunRecord | _Run:
+    """The record of a finished run, or the run, locked, at its last epoch on disk.
+
+    Raises:
+        Taken: another process is at the run.
+        InputError: the device, the data or the folder of its experiment cannot be used.
+        DiskError: its own folder cannot be written.
+    """
     directory = run_directory(config)
     found = complete_record(directory, config)
     if found is not None:
-        notify(Event("skipped", run_name(config), message="finished before"))
+        # Who begins runs has sorted out what was finished.
+        notify(Event("skipped", run_name(config), message="finished by another process"))
         return found
     precision, images = prepare(config)
     for folder in (directory, directory.parent, Path(config.outputs) / CACHE):
         require_inside(folder, Path(config.outputs))
     require_writable(directory.parent)
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        locks.enter_context(lock(directory / LOCK, timeout=-1 if wait else 0))
-    except Timeout:
-        raise Taken(run_name(config)) from None
-    # Another process may have finished it while this one waited for the lock.
+    lock = locks.enter_context(RunLock(directory))
+    # Another process may have finished it before this one had the lock.
     found, damaged = inspect_run(directory, config)
     if found is not None and not damaged:
         notify(Event("skipped", run_name(config), message="finished by another process"))
         return found
+    if lock.by_file:
+        words = "its file system has no flock: do not run it on two machines at once"
+        notify(Event("note", run_name(config), message=words))
+    remove_temporaries(directory)
     state = _resume(config, directory, images, damaged) if config.model != "ppca" else None
     history = state.history if state is not None else []
     if damaged:
@@ -279,7 +303,9 @@ def _begin(
     log = Log(config, history, lambda text: notify(Event("note", run_name(config), message=text)))
     locks.callback(log.close)
     first = len(history)
-    return _Run(config, directory, images, provenance, notify, history, first, log, files, state)
+    return _Run(
+        config, directory, lock, images, provenance, notify, history, first, log, files, state
+    )
 
 
 def _damage_words(damaged: dict[str, str], epochs: int) -> str:
@@ -339,9 +365,14 @@ class _Keeper:
             self._due = ended + 20 * (ended - began)
 
     def write(self, *, final: bool = False) -> None:
-        """Bring the files up to the state, if they are behind."""
+        """Bring the files up to the state, if they are behind.
+
+        Raises:
+            DiskError: they cannot be written, or are not this run's any more.
+        """
         run, state = self._run, self._run.state
         if final or state.epoch > self._kept:
+            run.lock.require_held()
             checkpoint = save_checkpoint(run.directory, state, config_hash(run.config), final=final)
             history = write_history(run.directory, state.history)
             run.files.update({CHECKPOINT: checkpoint, HISTORY: history})
@@ -350,13 +381,18 @@ class _Keeper:
 
 
 def _train(runs: Sequence[_Run]) -> list[Exception | None]:
-    """Fit the runs together; what went wrong with each, if anything did."""
+    """Fit the runs together; what went wrong with each, if anything did.
+
+    Ctrl-C and SIGTERM are let in between steps, where the state of every run is that of the end of
+    an epoch: one that came as it is brought up to the next would keep a mixture of the two.
+    """
     failures: list[Exception | None] = [None] * len(runs)
     keepers = [_Keeper(run) for run in runs]
     told = 0.0
 
     def on_images(epoch: int, done: int) -> None:
         nonlocal told
+        let_in()
         if time.monotonic() - told < 0.1:
             return
         told = time.monotonic()
@@ -370,31 +406,42 @@ def _train(runs: Sequence[_Run]) -> list[Exception | None]:
         runs[i].log.epoch(history[-1])
         runs[i].tell("epoch", len(history), elbo=history[-1]["test_elbo"])
 
-    for run in runs:
-        write_status(run.directory, run.config, "running", run.first)
-        run.tell("start", run.first)
-    # Adam's moments of pixels that are seldom lit decay into denormals, which cost 100 cycles each.
-    torch.set_flush_denormal(True)
-    try:
-        fit_together(
-            [run.state for run in runs],
-            runs[0].images,
-            [recipe(run.config) for run in runs],
-            precision=runs[0].provenance["precision"],
-            on_images=on_images,
-            on_epoch=on_epoch,
-            on_diverged=failures.__setitem__,
-        )
-    except Exception as error:
-        failures = [failure or error for failure in failures]
-    except BaseException:
-        for keeper in keepers:
-            keeper.write()
-        raise
-    finally:
-        torch.set_flush_denormal(False)
-    for keeper, failure in zip(keepers, failures, strict=True):
-        keeper.write(final=failure is None)
+    with held_back() as let_in:
+        for run in runs:
+            run.tell("start", run.first)
+        # Adam's moments of pixels that are seldom lit decay into denormals: 100 cycles each.
+        torch.set_flush_denormal(True)
+        try:
+            for i, run in enumerate(runs):
+                try:
+                    write_status(run.directory, run.config, "running", run.first)
+                except DiskError as error:
+                    failures[i] = error
+            whole = [i for i, failure in enumerate(failures) if failure is None]
+            fit_together(
+                [runs[i].state for i in whole],
+                runs[0].images,
+                [recipe(runs[i].config) for i in whole],
+                precision=runs[0].provenance["precision"],
+                on_images=on_images,
+                on_epoch=lambda member: on_epoch(whole[member]),
+                on_failed=lambda member, error: failures.__setitem__(whole[member], error),
+            )
+        except Exception as error:
+            failures = [failure or error for failure in failures]
+        except BaseException:
+            for keeper in keepers:
+                # The last epoch of one whose disk is full is lost, and that of the others is not.
+                with contextlib.suppress(DiskError):
+                    keeper.write()
+            raise
+        finally:
+            torch.set_flush_denormal(False)
+        for i, keeper in enumerate(keepers):
+            try:
+                keeper.write(final=failures[i] is None)
+            except DiskError as error:
+                failures[i] = failures[i] or error
     return failures
 
 
@@ -450,11 +497,11 @@ def _finish(run: _Run, measured: Callable[[], RunRecord]) -> RunRecord | Excepti
     run.notify(Event("stage", run.name, message="measuring"))
     try:
         record = measured()
+        run.lock.require_held()
+        write_record(run.directory, record, len(run.history))
     except Exception as error:
         _fail(run, error)
         return error
-    write_record(run.directory, record)
-    write_status(run.directory, run.config, "complete", len(run.history))
     run.log.finish(record.estimates, len(run.history))
     run.notify(Event("complete", run.name, message=summary(record)))
     return record
@@ -470,7 +517,7 @@ def _measure_vae(
     estimates = held_out_elbo(decoder.decode, *decoder.test_codes, held_out, generator)
     more, settings, pictures = _generate(run, decoder, judged)
     content = save({name: values.cpu() for name, values in pictures.items()})
-    run.files[PICTURES] = write_listed(run.directory / PICTURES, content)
+    run.keep(PICTURES, content)
     seconds = sum(row["seconds"] for row in run.history)
     codes, test_codes = decoder.codes, decoder.test_codes
     return _record(run, codes, test_codes, estimates | more, settings, generator, began, seconds)
@@ -492,6 +539,7 @@ def _measure_ppca(run: _Run) -> RunRecord:
         run.log.epoch(row)
     noise = torch.tensor(model.noise_variance, dtype=torch.float64)
     weights = {"mean": model.mean, "weight": model.weight, "noise_variance": noise}
+    run.lock.require_held()
     run.files[CHECKPOINT] = save_weights(run.directory, weights, config_hash(run.config))
     seconds = time.perf_counter() - began
     began = time.perf_counter()
@@ -578,7 +626,7 @@ def _record(
     samples = {"z": z.cpu()}
     if images.train_labels is not None:
         samples["label"] = images.train_labels[kept].contiguous()
-    run.files[SAMPLES] = write_listed(run.directory / SAMPLES, save(samples))
+    run.keep(SAMPLES, save(samples))
     measure_seconds = time.perf_counter() - began
     return RunRecord(
         "complete",
@@ -614,5 +662,7 @@ def _fail(run: _Run, error: Exception) -> None:
         history=columns(run.history),
         failure=failure,
     )
-    write_record(run.directory, record)
-    write_status(run.directory, run.config, "failed", len(run.history), failure=failure)
+    # Where nothing can be written, the run is no less failed: it has no record, and is tried again.
+    with contextlib.suppress(DiskError):
+        run.lock.require_held()
+        write_record(run.directory, record, len(run.history))

@@ -2,7 +2,8 @@
 
 Workers are forked from a server that has torch imported already: one starts in milliseconds, and
 keeps the images it has read for its next run. One that is killed takes only its own run with it;
-another takes its place. No torch in this module.
+another takes its place, and another server that of a killed server. When this process is killed,
+they end by themselves. No torch in this module.
 """
 
 from __future__ import annotations
@@ -12,22 +13,30 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
 from vaeq.config import RunConfig, run_name
 from vaeq.errors import InputError, Taken, VaeqError
+from vaeq.interrupts import held_back
 from vaeq.progress import Event, display
+from vaeq.scratch import scratch_folder
 from vaeq.sweep import SweepResult, record_death, require_folders
 
-# Pause between two looks at a run that another process is at.
-_RETRY_SECONDS = 0.5
+# Seconds between two looks at runs that another process is at.
+_LOOK = 1.0
+# Seconds that a stopped worker has to come to the end of its step and write its state.
+_GRACE = 60.0
 
 
 @dataclass
@@ -81,9 +90,9 @@ class Pool:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["vaeq.experiment"])
         self.workers: list[_Worker] = []
-        # Runs that another process is at, perhaps on another machine: tried again in turn when no
-        # others are left.
+        # Runs that another process is at: they come last, when there is nothing but to wait.
         self.taken: list[RunConfig] = []
+        self._look = 0.0
 
     def run(self, configs: Sequence[RunConfig], result: SweepResult) -> None:
         """Run every config in this order; each one's end is in ``result``.
@@ -94,12 +103,20 @@ class Pool:
         """
         waiting = list(configs)
         self.taken.clear()
+        waited = False
         try:
             self._preflight(waiting)
             require_folders(waiting)
             with display(self.console, [run_name(config) for config in waiting]) as screen:
                 while self._assign(waiting):
-                    ready = wait([worker.pipe for worker in self.workers])
+                    idle = not any(worker.config is not None for worker in self.workers)
+                    if idle and not waited:
+                        waited = True
+                        screen.line(
+                            f"another process is at what is left ({len(self.taken)}); waiting"
+                        )
+                    # With runs that are taken there is something to do though no worker speaks.
+                    ready = wait([w.pipe for w in self.workers], _LOOK if self.taken else None)
                     for worker in [w for w in self.workers if w.pipe in ready]:
                         event = self._next_event(worker)
                         if event is not None:
@@ -109,29 +126,46 @@ class Pool:
             self._stop()
 
     def _assign(self, waiting: list[RunConfig]) -> bool:
-        """Give every free worker a run, start workers while there is need; is any at work?"""
+        """Give every free worker a run, start workers while there is need; is any run left?"""
+        if not waiting and self.taken and time.monotonic() >= self._look:
+            self._look = time.monotonic() + _LOOK
+            waiting += self.taken
+            self.taken.clear()
         for worker in self.workers:
-            if worker.config is None and (waiting or self.taken):
-                self._give(worker, waiting)
-        while (waiting or self.taken) and len(self.workers) < self.n_jobs:
-            self._give(self._start(), waiting)
-        return any(worker.config is not None for worker in self.workers)
+            if worker.config is None and waiting:
+                self._give(worker, waiting.pop(0))
+        while waiting and len(self.workers) < self.n_jobs:
+            self._give(self._start(), waiting.pop(0))
+        return bool(self.taken) or any(worker.config is not None for worker in self.workers)
 
     def _start(self) -> _Worker:
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_work, args=(theirs,))
-        process.start()
-        theirs.close()
-        worker = _Worker(process, ours)
-        self.workers.append(worker)
-        return worker
+        reason = ""
+        for _ in range(2):
+            ours, theirs = self.context.Pipe()
+            process = self.context.Process(target=_work, args=(theirs,), daemon=True)
+            # One that was cut in two would leave a worker that nobody knows. Where the server is
+            # still at its imports, that takes the seconds that those do.
+            with held_back():
+                try:
+                    _start_server()
+                    process.start()
+                except (OSError, EOFError) as error:
+                    # Mostly the server was killed: the next attempt starts another.
+                    reason = str(error) or type(error).__name__
+                    ours.close()
+                    continue
+                finally:
+                    theirs.close()
+                worker = _Worker(process, ours)
+                self.workers.append(worker)
+            return worker
+        raise VaeqError(f"a worker process could not start: {reason}.")
 
-    def _give(self, worker: _Worker, waiting: list[RunConfig]) -> None:
-        again = not waiting
-        config = (self.taken if again else waiting).pop(0)
+    @staticmethod
+    def _give(worker: _Worker, config: RunConfig) -> None:
         worker.config, worker.epoch = config, 0
-        with contextlib.suppress(BrokenPipeError):  # dead: its closed pipe says so in a moment
-            worker.pipe.send((config, again))
+        with contextlib.suppress(OSError):  # dead: its closed pipe says so in a moment
+            worker.pipe.send(config)
 
     def _next_event(self, worker: _Worker) -> Event | None:
         """What a worker says; its last word is made up here if it died without one."""
@@ -153,8 +187,9 @@ class Pool:
         if worker.config is None:
             return None
         message = f"its process {_death(worker.process.exitcode)}"
-        record_death(worker.config, worker.epoch, message)
-        return Event("failed", run_name(worker.config), message=message)
+        if record_death(worker.config, worker.epoch, message):
+            return Event("failed", run_name(worker.config), message=message)
+        return Event("complete", run_name(worker.config), message=f"{message}, having finished")
 
     def _preflight(self, configs: Sequence[RunConfig]) -> None:
         """Load each data set and device once, in a worker: refuse the sweep, not its every run."""
@@ -174,14 +209,46 @@ class Pool:
             raise InputError(message)
 
     def _stop(self) -> None:
-        for worker in self.workers:
-            if worker.config is None:
-                worker.pipe.close()  # it has nothing to keep, and ends when nobody speaks to it
-            else:
+        """End every worker; those at work keep the state of their last epoch."""
+        with held_back():
+            deadline = time.monotonic() + _GRACE
+            for worker in self.workers:
                 worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join()
-        self.workers.clear()
+            for worker in self.workers:
+                # Its end of the pipe closes with it; the server, which knows, may have been killed.
+                if not _silent(worker.pipe, deadline):
+                    worker.process.kill()
+                worker.process.join()
+                worker.pipe.close()
+            self.workers.clear()
+
+
+def _silent(pipe: Connection, deadline: float) -> bool:
+    """Whether the other end closes before the deadline, whatever it says till then."""
+    try:
+        while pipe.poll(max(0.0, deadline - time.monotonic())):
+            pipe.recv()
+    except (EOFError, OSError):
+        return True
+    return False
+
+
+def _start_server() -> None:
+    """Start the server of workers, if there is none.
+
+    Ctrl-C reaches the whole process group; this process decides, and stops its workers. They never
+    see it, not even while they import: it is blocked before the server starts. The server's socket
+    lies in a folder that does not stay if this process is killed.
+    """
+    # It unblocks signals when it starts, so it has to be there before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    temporary, tempfile.tempdir = tempfile.tempdir, str(scratch_folder())
+    try:
+        forkserver.ensure_running()
+    finally:
+        tempfile.tempdir = temporary
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _death(exitcode: int | None) -> str:
@@ -193,21 +260,33 @@ def _death(exitcode: int | None) -> str:
 
 
 def _work(pipe: Connection) -> None:
-    """A worker's life: a list of configs is to be checked, a single one run, until the end."""
-    # Ctrl-C reaches the whole process group; the parent decides, and stops its workers. A run that
-    # is terminated unwinds, and keeps the state of its last epoch.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """A worker's life: a list of configs is to be checked, a config to be run, until the end."""
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave())
+    threading.Thread(target=_follow_parent, daemon=True).start()
     while True:
         try:
             order = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         if isinstance(order, list):
-            pipe.send(_check(order))
+            with contextlib.suppress(OSError):
+                pipe.send(_check(order))
         else:
-            config, again = order
-            _run(config, again, pipe)
+            _run(order, pipe)
+
+
+def _leave() -> NoReturn:
+    """End this worker. A run unwinds, and keeps its state: SystemExit is no failure of a run."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the state is being written
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _follow_parent() -> None:
+    """Leave when the sweep was killed, also in the middle of measuring, when nobody is told."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _check(configs: Sequence[RunConfig]) -> str:
@@ -221,26 +300,19 @@ def _check(configs: Sequence[RunConfig]) -> str:
     return ""
 
 
-def _run(config: RunConfig, again: bool, pipe: Connection) -> None:
+def _run(config: RunConfig, pipe: Connection) -> None:
     from vaeq.experiment import run
 
     def notify(event: Event) -> None:
         try:
             pipe.send(event)
-        except BrokenPipeError:
-            # The parent is gone, so nobody waits for this run; its last epoch is kept. SystemExit
-            # passes by the handlers that would record a failure.
-            sys.exit(1)
+        except OSError:
+            # The parent is gone (a reset, where it left words unread): nobody waits for this run.
+            _leave()
 
     try:
         run(config, notify, threads=config.threads or 1, wait=False)
     except Taken:
-        if again:
-            time.sleep(_RETRY_SECONDS)
-        else:
-            notify(
-                Event("note", run_name(config), message="another process is at it; it comes last")
-            )
         notify(Event("taken", run_name(config)))
     except VaeqError as error:
         notify(Event("failed", run_name(config), message=str(error)))

@@ -6,7 +6,9 @@ is as it was written. No torch here: the report and the skipping of finished run
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import math
@@ -32,7 +34,7 @@ from vaeq.checksum import (
     sealed,
 )
 from vaeq.config import SCHEMA_VERSION, RunConfig, config_hash, run_name
-from vaeq.errors import InputError, one_line
+from vaeq.errors import DiskError, InputError, one_line
 from vaeq.schema import read_content
 
 RECORD = "record.json"
@@ -77,23 +79,62 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
 
     A temporary file in the same folder is written, flushed to the disk and renamed over ``path``.
+
+    Raises:
+        DiskError: it could not be written; the old content is still there.
     """
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, bytes | str]) -> None:
+    """Write several files, each whole or not at all, and in this order.
+
+    All are on the disk under temporary names before the first is renamed: a full disk leaves the
+    old ones, not some of either.
+
+    Raises:
+        DiskError: one of them could not be written.
+    """
+    suffix = f".{uuid.uuid4().hex}.tmp"
+    temporaries = {path: path.with_name(f".{path.name}{suffix}") for path in files}
+    path = next(iter(files))
     try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path, content in files.items():
+            with temporaries[path].open("xb") as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
+        for folder in {path.parent for path in files}:
+            _flush(folder)
+    except BaseException as error:
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise DiskError(path, error) from None
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def _flush(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems (FUSE, CIFS) flush files, and know no flushing of folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path, of: str = "*") -> None:
+    """Remove what a killed writer of the files ``of`` left; no other may be writing them now."""
+    for temporary in folder.glob(f".{of}.tmp"):
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def require_writable(folder: Path) -> None:
@@ -146,10 +187,14 @@ def lock(path: Path, timeout: float = -1) -> FileLock:
 
 def write_status(directory: Path, config: RunConfig, state: str, epoch: int, **more: Any) -> None:
     """``status.json``: what a person or a report sees of a run that has no record yet."""
+    status = _status(config_hash(config), state, epoch, config.epochs, **more)
+    write_atomic(directory / STATUS, status)
+
+
+def _status(owner: str, state: str, epoch: int, epochs: int, **more: Any) -> bytes:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    progress = {"state": state, "epoch": epoch, "epochs": config.epochs, "updated_at": now}
-    content = {"seal": BLANK, "config_hash": config_hash(config), **progress, **more}
-    write_atomic(directory / STATUS, sealed(dump(content).encode()))
+    progress = {"state": state, "epoch": epoch, "epochs": epochs, "updated_at": now}
+    return sealed(dump({"seal": BLANK, "config_hash": owner, **progress, **more}).encode())
 
 
 def read_status(directory: Path) -> dict[str, Any]:
@@ -187,12 +232,19 @@ def write_listed(path: Path, content: bytes) -> str:
     return digest(content)
 
 
-def write_record(directory: Path, record: RunRecord) -> None:
-    """``record.json``, the last file of a run: it vouches for the others."""
+def write_record(directory: Path, record: RunRecord, epoch: int = 0) -> None:
+    """``status.json`` after the run's last epoch and ``record.json``, which vouches for the others.
+
+    It is the last file of a run: who finds a complete one finds nothing left to do in its folder.
+    """
     content = {"seal": BLANK, **asdict(record)}
+    more = {} if record.failure is None else {"failure": record.failure}
     if record.failure is None:
         del content["failure"]
-    write_atomic(directory / RECORD, sealed(dump(content).encode()))
+    epochs = record.config.get("epochs", epoch)
+    status = _status(record.config_hash, record.state, epoch, epochs, **more)
+    text = sealed(dump(content).encode())
+    write_together({directory / STATUS: status, directory / RECORD: text})
 
 
 def read_record(path: Path) -> RunRecord:

@@ -5,6 +5,7 @@ No torch in this module: a sweep whose runs are all finished must be over in a m
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +17,20 @@ from pathlib import Path
 from rich.console import Console
 
 from vaeq.config import SCHEMA_VERSION, RunConfig, config_hash, run_name
-from vaeq.errors import InputError, RunsFailed
+from vaeq.errors import DiskError, InputError, RunsFailed, Taken
+from vaeq.lock import RunLock
 from vaeq.progress import Event
 from vaeq.record import (
     RECORD,
     RunRecord,
     complete_record,
     read_record,
+    remove_temporaries,
     require_inside,
     require_writable,
     run_directory,
     write_config,
     write_record,
-    write_status,
 )
 from vaeq.schema import SchemaError
 
@@ -189,13 +191,26 @@ def ensembles(configs: Sequence[RunConfig], most: int) -> list[list[RunConfig]]:
     return result
 
 
-def record_death(config: RunConfig, epoch: int, message: str, *, kind: str = "WorkerDied") -> None:
-    """Write the failure of a run whose process could not write it; its checkpoint stays."""
+def record_death(config: RunConfig, epoch: int, message: str, *, kind: str = "WorkerDied") -> bool:
+    """Write the failure of a run whose process could not write it; its checkpoint stays.
+
+    Returns:
+        Whether it failed: not if its process had written a complete record before it died.
+    """
     directory = run_directory(config)
-    directory.mkdir(parents=True, exist_ok=True)
+    # Where another process is at it by now, or nothing can be written, it is told all the same.
+    with contextlib.suppress(Taken, DiskError), RunLock(directory):
+        if complete_record(directory, config) is not None:
+            return False
+        write_death(config, epoch, message, kind=kind)
+    return True
+
+
+def write_death(config: RunConfig, epoch: int, message: str, *, kind: str = "WorkerDied") -> None:
+    """As :func:`record_death`, for one who holds the run's lock and knows that it failed."""
+    directory = run_directory(config)
+    remove_temporaries(directory)
     failure = {"type": kind, "message": message}
     write_config(directory, config)
-    write_record(
-        directory, RunRecord("failed", asdict(config), config_hash(config), failure=failure)
-    )
-    write_status(directory, config, "failed", epoch, failure=failure)
+    record = RunRecord("failed", asdict(config), config_hash(config), failure=failure)
+    write_record(directory, record, epoch)

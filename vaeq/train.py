@@ -22,7 +22,7 @@ from vaeq.data import Images, bernoulli_draw
 from vaeq.divergence import marginal_kl, moment_kl
 from vaeq.elbo import gaussian_kl, reconstruction
 from vaeq.ensemble import CapturedSteps, Ensemble, Moments
-from vaeq.errors import InputError, TrainingDiverged
+from vaeq.errors import InputError, TrainingDiverged, VaeqError
 from vaeq.model import VAE
 from vaeq.posterior import AggregatedPosterior
 from vaeq.seeds import derive_seed
@@ -97,7 +97,7 @@ def fit(
         TrainingDiverged: the summed loss of an epoch, or its held-out ELBO, is not finite.
     """
 
-    def diverged(member: int, error: TrainingDiverged) -> None:
+    def failed(member: int, error: VaeqError) -> None:
         raise error
 
     fit_together(
@@ -107,7 +107,7 @@ def fit(
         precision=precision,
         on_images=on_images,
         on_epoch=lambda member: on_epoch(state),
-        on_diverged=diverged,
+        on_failed=failed,
     )
 
 
@@ -119,13 +119,14 @@ def fit_together(
     precision: str = "fp32",
     on_images: Callable[[int, int], None] = lambda epoch, done: None,
     on_epoch: Callable[[int], None] = lambda member: None,
-    on_diverged: Callable[[int, TrainingDiverged], None],
+    on_failed: Callable[[int, VaeqError], None],
 ) -> None:
     """Train all ``states`` in place as one program, each by its own recipe.
 
     The loss of a step is −mean(log p(x|z) − w KL(q(z|x) ‖ p)) in nats per image, z one
     reparameterised draw, w = β min(1, step / warm-up steps). A member that is done, by its epochs,
-    by early stopping or because its loss is no number, leaves the program; the others go on.
+    by early stopping or because its loss is no number, leaves the program; the others go on. One
+    whose ``on_epoch`` fails leaves, too.
 
     Args:
         states: at the same epoch; models of one shape but for the latent dimension, and a
@@ -135,8 +136,10 @@ def fit_together(
             may differ.
         precision: of the matrix products of the training step, see ``ensemble.PRECISIONS``.
         on_images: called with (epoch, images done in it) every 32 steps; nothing waits for it.
-        on_epoch: called with a member's index after its every epoch; its state is up to date.
-        on_diverged: called with a member's index; its state is that of the last good epoch.
+        on_epoch: called with a member's index after its every epoch; its state is up to date. A
+            VaeqError that it raises is that member's failure.
+        on_failed: called with a member's index and the reason; its state is that of the last good
+            epoch.
     """
     held_out = images.observed("test")
     active = [i for i in range(len(states)) if not _done(states[i], recipes[i])]
@@ -161,10 +164,14 @@ def fit_together(
                 staying = []
                 for place, (i, row) in enumerate(zip(active, rows, strict=True)):
                     if not math.isfinite(row["train_elbo"] + row["test_elbo"]):
-                        on_diverged(i, TrainingDiverged(epoch))
+                        on_failed(i, TrainingDiverged(epoch))
                         continue
                     _take(states[i], ensemble, place, row, recipes[i])
-                    on_epoch(i)
+                    try:
+                        on_epoch(i)
+                    except VaeqError as error:
+                        on_failed(i, error)
+                        continue
                     if not _done(states[i], recipes[i]):
                         staying.append(i)
             active = staying

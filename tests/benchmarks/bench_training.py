@@ -27,7 +27,7 @@ from vaeq.data import load_images
 from vaeq.divergence import marginal_kl
 from vaeq.divergence.marginals import marginals
 from vaeq.ensemble import Ensemble, encode_all
-from vaeq.errors import TrainingDiverged
+from vaeq.errors import VaeqError
 from vaeq.experiment import build, recipe
 from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.pool import Pool, available_cores
@@ -290,7 +290,7 @@ def bench_precision() -> list[dict[str, Any]]:
             states = [build(config, images) for config in configs]
             fit_together(
                 states, images, [recipe(c) for c in configs], precision=precision,
-                on_diverged=fail,
+                on_failed=fail,
             )  # fmt: skip
             values: dict[str, list[float]] = {
                 "elbo": [],
@@ -319,7 +319,7 @@ def bench_precision() -> list[dict[str, Any]]:
     return rows
 
 
-def fail(member: int, error: TrainingDiverged) -> None:
+def fail(member: int, error: VaeqError) -> None:
     raise error
 
 

@@ -7,6 +7,7 @@ top.
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,7 @@ class EnsembleLauncher(SweepLauncher):
 
     def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
         from vaeq.config import run_name
+        from vaeq.errors import Taken
         from vaeq.experiment import prepare, run_ensemble
         from vaeq.pool import available_cores
         from vaeq.progress import Event, display
@@ -163,11 +165,22 @@ class EnsembleLauncher(SweepLauncher):
                 result.note(event)
                 screen.update(event)
 
-            for group in groups:
-                endings = run_ensemble(group, notify, group[0].threads or available_cores())
-                for config, ending in zip(group, endings, strict=True):
-                    if isinstance(ending, Exception):
-                        notify(Event("failed", run_name(config), message=str(ending)))
+            waited = False
+            while groups:
+                taken: list[RunConfig] = []  # by another process: they come last
+                for group in groups:
+                    endings = run_ensemble(group, notify, group[0].threads or available_cores())
+                    for config, ending in zip(group, endings, strict=True):
+                        if isinstance(ending, Taken):
+                            taken.append(config)
+                        elif isinstance(ending, Exception):
+                            notify(Event("failed", run_name(config), message=str(ending)))
+                if taken and not waited:
+                    waited = True
+                    screen.line(f"another process is at what is left ({len(taken)}); waiting")
+                if taken:
+                    time.sleep(1)
+                groups = ensembles(taken, self.members)
 
 
 class SlurmLauncher(SweepLauncher):
