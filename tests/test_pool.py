@@ -6,9 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,15 +31,6 @@ def records(folder: Path) -> dict[str, dict[str, object]]:
 def weights(directory: Path) -> bytes:
     with safe_open(directory / "checkpoint.safetensors", framework="np") as file:
         return b"".join(file.get_tensor(name).tobytes() for name in sorted(file.keys()))
-
-
-def wait_for(sweep: subprocess.Popen[str], folder: Path, pattern: str) -> None:
-    """Until two runs have left a file, or the sweep is over, or two minutes."""
-    deadline = time.monotonic() + 120
-    while sweep.poll() is None and time.monotonic() < deadline:
-        if len(list(folder.glob(pattern))) >= 2:
-            return
-        time.sleep(0.01)
 
 
 def test_a_sweep_runs_every_combination_once_and_then_skips(vaeq: Run, tmp_path: Path) -> None:
@@ -119,59 +107,6 @@ def test_a_worker_takes_run_after_run_and_none_sees_the_one_before(
     in_one_worker = outcome(runs)
     for config, expected in zip(runs, in_one_worker, strict=True):
         assert outcome([replace(config, outputs=str(tmp_path / "alone"))]) == [expected]
-
-
-def test_a_killed_sweep_goes_on_where_it_was_and_ends_in_the_same_bits(
-    vaeq: Run, tmp_path: Path
-) -> None:
-    words = ("sweep", *TINY, "latent_dim=2", "seed=0,1", "epochs=30", "data.n_train=3000")
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "vaeq", *words],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    folder = tmp_path / "outputs" / "smoke"
-    wait_for(sweep, folder, "*/checkpoint.safetensors")
-    os.killpg(sweep.pid, signal.SIGKILL)
-    sweep.wait()
-    interrupted = [json.loads(file.read_text()) for file in folder.glob("*/status.json")]
-    assert any(status["state"] == "running" for status in interrupted)
-
-    resumed = vaeq(*words, check=True).stdout
-    assert "training from epoch " in resumed
-    vaeq(*words, "outputs=undisturbed", check=True)
-    for directory in folder.iterdir():
-        twin = tmp_path / "undisturbed" / "smoke" / directory.name
-        assert weights(directory) == weights(twin)
-        mine, other = (read_record(d / "record.json") for d in (directory, twin))
-        assert mine.estimates == other.estimates
-        assert mine.per_dimension == other.per_dimension
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_sweep_leaves_no_worker_behind(
-    tmp_path: Path, number: signal.Signals, status: int
-) -> None:
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "vaeq", "sweep", *TINY, "latent_dim=2", "epochs=100000", "seed=0,1"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A job in the background of a shell inherits that SIGINT is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    folder = tmp_path / "outputs" / "smoke"
-    wait_for(sweep, folder, "*/history.csv")
-    sweep.send_signal(number)
-    _, words = sweep.communicate(timeout=60)
-    assert sweep.returncode == status
-    assert "the same command goes on" in words
-    assert words.count("\n") == 1
-    epochs = [json.loads(f.read_text())["epoch"] for f in folder.glob("*/status.json")]
-    time.sleep(1)
-    assert epochs == [json.loads(f.read_text())["epoch"] for f in folder.glob("*/status.json")]
 
 
 def test_the_longest_run_starts_first(tiny: RunConfig) -> None:
