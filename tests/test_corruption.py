@@ -260,7 +260,7 @@ def shown_samples(found: Run) -> dict[str, bytes]:
 
 
 def shown_pictures(found: Run) -> dict[str, bytes]:
-    return {name: array.tobytes() for name, array in read_pictures(found).items()}
+    return {name: array.tobytes() for name, array in read_pictures(found)[0].items()}
 
 
 @pytest.mark.soak

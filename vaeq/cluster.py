@@ -77,7 +77,9 @@ def _identity(config: RunConfig) -> tuple[int, int] | None:
 def watched(configs: Sequence[RunConfig]) -> list[_Watched]:
     """The state of the folders before any job starts, for :func:`gather`."""
     return [
-        _Watched(config, _identity(config), read_status(run_directory(config)).get("epoch", 0))
+        _Watched(
+            config, _identity(config), read_status(run_directory(config), config).get("epoch", 0)
+        )
         for config in configs
     ]
 
@@ -130,7 +132,7 @@ def _news(one: _Watched, word: str | None) -> list[Event]:
 
 
 def _progress(one: _Watched) -> list[Event]:
-    status = read_status(run_directory(one.config))
+    status = read_status(run_directory(one.config), one.config)
     if status.get("state") != "running":
         return []
     epoch, epochs, images = status["epoch"], one.config.epochs, one.config.data.n_train or 60_000

@@ -35,6 +35,7 @@ from vaeq.checksum import (
 )
 from vaeq.config import SCHEMA_VERSION, RunConfig, config_hash, run_name
 from vaeq.errors import DiskError, InputError, one_line
+from vaeq.foreign import require_regular
 from vaeq.schema import read_content
 
 RECORD = "record.json"
@@ -197,13 +198,15 @@ def _status(owner: str, state: str, epoch: int, epochs: int, **more: Any) -> byt
     return sealed(dump({"seal": BLANK, "config_hash": owner, **progress, **more}).encode())
 
 
-def read_status(directory: Path) -> dict[str, Any]:
-    """What :func:`write_status` wrote last; empty where nothing of it can be read."""
+def read_status(directory: Path, config: RunConfig) -> dict[str, Any]:
+    """What :func:`write_status` wrote last for that run; empty where nothing of it is sound."""
     try:
-        content = json.loads((directory / STATUS).read_text())
+        content = _regular_bytes(directory / STATUS)
+        check_seal(content, config_hash(config))
+        status: dict[str, Any] = json.loads(content)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return status
 
 
 def write_config(directory: Path, config: RunConfig) -> str:
@@ -317,13 +320,19 @@ def read_listed(directory: Path, name: str, files: Mapping[str, str]) -> bytes:
     """
     if name not in files:
         raise FileNotFoundError(f"{RECORD} lists no {name}")
-    content = (directory / name).read_bytes()
+    content = _regular_bytes(directory / name)
     if digest(content) != files[name]:
         raise DamagedFile(
             f"{directory / name} is not as {RECORD} lists it: damaged or replaced; "
             "the same vaeq train or sweep makes it again"
         )
     return content
+
+
+def _regular_bytes(path: Path) -> bytes:
+    """The content of a file; OSError where it is a pipe or a device, which may have no end."""
+    require_regular(path)
+    return path.read_bytes()
 
 
 def _own_record(directory: Path, owner: str) -> tuple[RunRecord | None, dict[str, str]]:
@@ -346,6 +355,7 @@ def _listed(directory: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """Files that are not those a record lists."""
     for name, expected in record.files.items():
         try:
+            require_regular(directory / name)
             found = file_digest(directory / name)
         except FileNotFoundError:
             yield name, "is missing"
@@ -366,7 +376,7 @@ def _unlisted(directory: Path, owner: str) -> Iterator[tuple[str, str]]:
 def _unsealed(directory: Path, name: str, owner: str) -> Iterator[tuple[str, str]]:
     """The file of that name, if it is there and does not bear out its own checksum."""
     try:
-        check_seal((directory / name).read_bytes(), owner)
+        check_seal(_regular_bytes(directory / name), owner)
     except FileNotFoundError:
         pass
     except DamagedFile as error:
@@ -380,13 +390,16 @@ def _history_agrees(directory: Path) -> bool:
     """
     if not (directory / CHECKPOINT).exists() or not (directory / HISTORY).exists():
         return True
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(directory / CHECKPOINT, framework="numpy") as file:
-        history = json.loads(file.metadata().get("history", "[]"))
-    found = (directory / HISTORY).read_bytes()
+    found = _regular_bytes(directory / HISTORY)
     epochs = found.count(b"\n") - 1
-    return not history or (epochs > 0 and found == _history_text(history[:epochs]).encode())
+    try:
+        with safe_open(directory / CHECKPOINT, framework="numpy") as file:
+            history = json.loads(file.metadata().get("history", "[]"))
+        return not history or (epochs > 0 and found == _history_text(history[:epochs]).encode())
+    except (SafetensorError, ValueError, TypeError, AttributeError):
+        return True  # sealed, but no checkpoint of ours: whoever loads it says so
 
 
 def columns(rows: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -23,6 +23,8 @@ _MOST_ENTRIES = 1000
 # What float32 computes is below 1e39, and float64 holds the square of this.
 _LARGEST_NUMBER = 1e100
 _NAME = re.compile(r"[A-Za-z_]\w{0,99}", re.ASCII)
+_FILE = re.compile(r"[a-z]{1,40}\.[a-z]{1,40}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _PARTS = (
     "provenance",
     "timing",
@@ -151,7 +153,10 @@ def _check_record(record: Mapping[str, Any]) -> None:
             words = key.range_words("int")
             raise InputError(f"has another number for config.{name}, where {words} is expected")
     for name in _require(record, "files", dict, "an object"):
-        _require(record["files"], name, str, "text", "files.")
+        if not _FILE.fullmatch(name):
+            raise InputError(f"lists {one_line(name, 40)}, which is no file of a run")
+        if not _DIGEST.fullmatch(_require(record["files"], name, str, "text", "files.")):
+            raise InputError(f"has no SHA-256 for files.{name}")
     total = record.get("timing", {}).get("total_seconds")
     if total is not None and not is_number(total):
         raise InputError("has no finite number for timing.total_seconds")
