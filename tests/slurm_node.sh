@@ -57,7 +57,7 @@ CONF
   # Daemons that inherited these would keep them open.
   slurmctld -c < /dev/null > /dev/null 2>&1
   slurmd -c < /dev/null > /dev/null 2>&1
-  for _ in $(seq 100); do
+  for _ in $(seq 600); do
     if [ "$(sinfo --noheader --format %T 2>/dev/null)" = idle ]; then return; fi
     sleep 0.1
   done

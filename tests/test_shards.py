@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -248,9 +253,6 @@ def test_shapes_and_numbers_of_shards_are_checked(tmp_path: Path) -> None:
 
 
 def _die(part: AggregatedPosterior) -> None:
-    import os
-    import signal
-
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -261,6 +263,37 @@ def test_a_killed_worker_is_one_sentence(tmp_path: Path) -> None:
         pytest.raises(VaeqError, match="was killed"),
     ):
         sharded.over_parts(_die)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from vaeq.shards import in_shards\n"
+        "if __name__ == '__main__':\n"
+        "    posterior = in_shards(sys.argv[1], 2)\n"
+        "    print(*posterior.over_parts(pid), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    (tmp_path / "main.py").write_text("import os\ndef pid(part): return os.getpid()\n" + code)
+    mean, logvar = codes()
+    write(tmp_path, mean=mean, logvar=logvar)
+    parent = subprocess.Popen(
+        [sys.executable, "main.py", "."],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        assert parent.stdout is not None
+        workers = [int(word) for word in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_variances_that_seem_mistaken_are_told_of_in_shards_too(tmp_path: Path) -> None:

@@ -132,6 +132,10 @@ class AggregatedPosterior:
             raise InputError(f"z must have shape (S, {self.latent_dim}), got {tuple(z.shape)}.")
         return self._density(z).to(self.dtype) if len(z) else z.new_empty(0)
 
+    def log_sum(self, z: torch.Tensor) -> torch.Tensor:
+        """log Σᵢ q(z|xᵢ), float64, shape (S,): what these components add to a larger sum."""
+        return self._density(z) + math.log(self.n)
+
     def log_prob_conditional(self, z: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """log q(z_s|x_{index_s}) of each draw under its own component, shape (S,)."""
         mean, logvar = self.rows(index)

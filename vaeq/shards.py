@@ -15,12 +15,13 @@ import itertools
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -174,6 +175,16 @@ def _begin(threads: int) -> None:
     # Ctrl-C reaches the whole process group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    # A worker waits for orders at a pipe that it holds both ends of: it would outlive a parent that
+    # was killed.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 # The shard that this process has in memory.
@@ -226,8 +237,7 @@ def _survey(part: AggregatedPosterior) -> _Survey:
 
 
 def _log_sum(part: AggregatedPosterior, z: torch.Tensor) -> torch.Tensor:
-    """log Σᵢ q(z|xᵢ) over the components of a part, float64."""
-    return part.log_prob(z).double() + math.log(part.n)
+    return part.log_sum(z)
 
 
 def _log_sum_marginal(part: AggregatedPosterior, z: torch.Tensor) -> torch.Tensor:
@@ -359,7 +369,7 @@ class ShardedPosterior(AggregatedPosterior):
         return (torch.logsumexp(sums, 0) - math.log(self.n)).to(self._dtype)
 
     def log_prob_marginal(self, z: torch.Tensor) -> torch.Tensor:
-        """log q_{N,j}(z_j) of every dimension by itself, shape (S, D), in nats, exact."""
+        """log q_{N,j}(z_j) of every dimension by itself, shape (S, D), in nats."""
         sums = torch.stack(self.over_parts(_log_sum_marginal, z.to("cpu", self._dtype)))
         return (torch.logsumexp(sums, 0) - math.log(self.n)).to(self._dtype)
 
