@@ -58,6 +58,16 @@ _REMEDIES = {
 }
 
 
+class NeverTrained(VaeqError):
+    """Epochs went by, and no weight moved."""
+
+    def __init__(self, epochs: int, learning_rate: float) -> None:
+        super().__init__(
+            f"no weight moved in {epochs} epochs: steps of learning_rate={learning_rate:g} are "
+            "below the rounding of the weights; raise learning_rate"
+        )
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """Text from a file made safe to print: one line, no control characters, no lone surrogates."""
     if len(text) <= limit and text.isprintable() and "  " not in text and text == text.strip():

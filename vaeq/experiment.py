@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 import time
 import traceback
@@ -27,13 +28,14 @@ from vaeq.data import Images, load_images, mean_image
 from vaeq.divergence.ex_post import ExPost
 from vaeq.elbo import held_out_elbo
 from vaeq.ensemble import Ensemble, Moments, encode_all
-from vaeq.errors import DiskError, Taken, VaeqError
+from vaeq.errors import DiskError, NeverTrained, Taken, VaeqError
 from vaeq.estimate import Estimate
 from vaeq.generation import ANNEALED, LIKELIHOOD, Decoder, likelihoods
-from vaeq.hardware import resolve_device, resolve_precision
+from vaeq.hardware import free_memory, resolve_device, resolve_precision
 from vaeq.interrupts import held_back
 from vaeq.lock import RunLock
 from vaeq.measurement import estimate_names, measure
+from vaeq.memory import needed, require_memory
 from vaeq.model import VAE
 from vaeq.ppca import fit_ppca
 from vaeq.progress import Event
@@ -81,16 +83,22 @@ def _images(data: DataConfig, device: torch.device) -> Images:
     return load_images(**asdict(data)).to(device)
 
 
-def prepare(config: RunConfig) -> tuple[str, Images]:
+def prepare(config: RunConfig, members: int = 1) -> tuple[str, Images]:
     """What a run needs from outside: its precision, and its images on its device; its tracker.
 
+    Args:
+        members: of the program it trains in, of which the run is the largest.
+
     Raises:
-        InputError: before anything is written.
+        InputError: before anything is written; also where it would need more memory than is free.
     """
     require(config)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     images = _images(config.data, device)
+    if config.model == "mlp":
+        shape = {"pixels": images.pixels, "n_train": len(images.train), "n_test": len(images.test)}
+        require_memory(needed(config, members=members, **shape), *free_memory(device), config)
     if config.model == "conv":
         require_depth(images.shape, config.encoder_depth, config.decoder_depth)
     return precision, images
@@ -130,6 +138,7 @@ class _Run:
     first: int  # epochs it had when this process took it up
     log: Log
     files: dict[str, str]  # SHA-256 of those written so far, for the record
+    initial: str  # digest of the weights before the first step
     _state: State | None
 
     @property
@@ -289,7 +298,10 @@ def _begin(config: RunConfig, notify: Notify, threads: int, locks: ExitStack) ->
         words = "its file system has no flock: do not run it on two machines at once"
         notify(Event("note", run_name(config), message=words))
     remove_temporaries(directory)
-    state = _resume(config, directory, images, damaged) if config.model != "ppca" else None
+    state = build(config, images) if config.model != "ppca" else None
+    initial = _matrices_digest(state) if state is not None else ""
+    if state is not None:
+        state = _resume(config, directory, images, state, damaged)
     history = state.history if state is not None else []
     if damaged:
         notify(Event("note", run_name(config), message=_damage_words(damaged, len(history))))
@@ -304,8 +316,28 @@ def _begin(config: RunConfig, notify: Notify, threads: int, locks: ExitStack) ->
     locks.callback(log.close)
     first = len(history)
     return _Run(
-        config, directory, lock, images, provenance, notify, history, first, log, files, state
+        config,
+        directory,
+        lock,
+        images,
+        provenance,
+        notify,
+        history,
+        first,
+        log,
+        files,
+        initial,
+        state,
     )
+
+
+def _matrices_digest(state: State) -> str:
+    """SHA-256 of the weights, without the biases: those begin at 0 and any step moves them."""
+    found = hashlib.sha256()
+    for value in state.vae.parameters():
+        if value.ndim > 1:
+            found.update(value.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()
 
 
 def _damage_words(damaged: dict[str, str], epochs: int) -> str:
@@ -334,9 +366,10 @@ def _provenance(images: Images, precision: str, threads: int) -> dict[str, Any]:
     }
 
 
-def _resume(config: RunConfig, directory: Path, images: Images, damaged: dict[str, str]) -> State:
-    """The state at the last epoch on disk, or at the beginning; why so, in ``damaged``."""
-    state = build(config, images)
+def _resume(
+    config: RunConfig, directory: Path, images: Images, state: State, damaged: dict[str, str]
+) -> State:
+    """``state`` at the last epoch on disk, or at the beginning; why so, in ``damaged``."""
     try:
         load_checkpoint(directory, state, config_hash(config))
     except DamagedFile as error:
@@ -437,7 +470,9 @@ def _train(runs: Sequence[_Run]) -> list[Exception | None]:
             raise
         finally:
             torch.set_flush_denormal(False)
-        for i, keeper in enumerate(keepers):
+        for i, (run, keeper) in enumerate(zip(runs, keepers, strict=True)):
+            if failures[i] is None and _matrices_digest(run.state) == run.initial:
+                failures[i] = NeverTrained(run.state.epoch, run.config.learning_rate)
             try:
                 keeper.write(final=failures[i] is None)
             except DiskError as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import torch
 
 from vaeq.errors import InputError
+from vaeq.memory import available_memory
 
 
 def resolve_device(name: str) -> torch.device:
@@ -55,31 +55,8 @@ def _cpu_flags() -> set[str]:
     return set(flags[0]) if flags else set()
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes this process may still take: what the machine has free, and its control groups allow.
-
-    Where neither says anything it is 2^63.
-    """
-    free = [2**63]
-    try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except (OSError, ValueError, IndexError):
-        return min(free)
-    for group in groups:
-        number, controllers, path = group.split(":", 2)
-        if number == "0":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        own = Path(path.lstrip("/"))
-        for folder in {base / own, *(base / parent for parent in own.parents), base}:
-            with contextlib.suppress(OSError, ValueError):  # no limit here, or it is "max"
-                limit, used = (int((folder / name).read_text()) for name in names)
-                free.append(max(0, limit - used))
-    return min(free)
+def free_memory(device: torch.device) -> tuple[int, str]:
+    """Bytes that can still be taken on a device, and what it is called."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+    return available_memory(), "this machine"

@@ -29,6 +29,7 @@ from rich.console import Console
 from vaeq.config import RunConfig, run_name
 from vaeq.errors import InputError, Taken, VaeqError
 from vaeq.interrupts import held_back
+from vaeq.memory import available_memory, fitting, gigabytes, needed
 from vaeq.progress import Event, display
 from vaeq.scratch import scratch_folder
 from vaeq.sweep import SweepResult, record_death, require_folders
@@ -107,6 +108,7 @@ class Pool:
         try:
             self._preflight(waiting)
             require_folders(waiting)
+            self._limit(waiting)
             with display(self.console, [run_name(config) for config in waiting]) as screen:
                 while self._assign(waiting):
                     idle = not any(worker.config is not None for worker in self.workers)
@@ -196,7 +198,9 @@ class Pool:
         worker = self._start()
         # Of the convolutions the depth has to fit the images, too.
         depths = {c: (c.encoder_depth, c.decoder_depth) * (c.model == "conv") for c in configs}
-        distinct = {(c.data, c.device, c.precision, c.logger, depths[c]): c for c in configs}
+        # Of several sizes the one that needs most memory, which comes last.
+        by_size = sorted(configs, key=lambda config: needed(config).total)
+        distinct = {(c.data, c.device, c.precision, c.logger, depths[c]): c for c in by_size}
         try:
             worker.pipe.send(list(distinct.values()))
             message = worker.pipe.recv()
@@ -207,6 +211,21 @@ class Pool:
             ) from None
         if message:
             raise InputError(message)
+
+    def _limit(self, configs: Sequence[RunConfig]) -> None:
+        """Take no more workers than the largest runs leave memory for, and say so."""
+        available = available_memory()
+        most = fitting([config for config in configs if config.model == "mlp"], available)
+        if len(configs) > 1 and most < min(self.n_jobs, len(configs)):
+            largest = max(needed(config).total for config in configs)
+            self.console.print(
+                f"{most} of {self.n_jobs} runs at a time: the largest needs about "
+                f"{gigabytes(largest)} of memory, and {gigabytes(available)} are free",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            self.n_jobs = most
 
     def _stop(self) -> None:
         """End every worker; those at work keep the state of their last epoch."""

@@ -172,6 +172,14 @@ def _check_record(record: Mapping[str, Any]) -> None:
         _check_name("estimates", name)
         entry = _require(estimates, name, dict, "an object", "estimates.")
         _check_estimate(name, entry)
+    _check_trained(record.get("history", {}))
+
+
+def _check_trained(history: Mapping[str, Any]) -> None:
+    """A result has epochs: without one nothing was trained, whatever the estimates are of."""
+    epochs = history.get("epoch")
+    if not isinstance(epochs, list) or not epochs or type(epochs[-1]) is not int or epochs[-1] < 1:
+        raise InputError("is complete but has no epochs in its history: it never trained")
 
 
 def _check_settings(config: Mapping[str, Any]) -> None:

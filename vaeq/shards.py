@@ -30,8 +30,8 @@ import torch
 
 from vaeq.codes import SPREADS, Codes, as_codes, log_variance, npy_paths
 from vaeq.errors import InputError, VaeqError, one_line
-from vaeq.hardware import available_memory
 from vaeq.log_density import sum_rows
+from vaeq.memory import available_memory
 from vaeq.npy import NpyRows
 from vaeq.posterior import AggregatedPosterior
 

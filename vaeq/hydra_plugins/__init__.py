@@ -151,13 +151,14 @@ class EnsembleLauncher(SweepLauncher):
         from vaeq.config import run_name
         from vaeq.errors import Taken
         from vaeq.experiment import prepare, run_ensemble
+        from vaeq.memory import needed
         from vaeq.pool import available_cores
         from vaeq.progress import Event, display
         from vaeq.sweep import ensembles, require_folders
 
         groups = ensembles(todo, self.members)
         for group in groups:
-            prepare(group[0])
+            prepare(max(group, key=lambda config: needed(config).total), len(group))
         require_folders(todo)
         with display(console, [run_name(config) for config in todo]) as screen:
 
