@@ -160,6 +160,11 @@ def fit_ppca(
     vectors = vectors.flip(1)
     rank = int((values > _RANK * values[0]).sum()) if float(values[0]) > 0 else 0
     if not 1 <= latent_dim < rank:
+        if rank < 2:
+            raise InputError(
+                f"model=ppca needs images that vary in two directions at least; these {len(x)} "
+                f"have rank {rank}."
+            )
         raise InputError(
             f"latent_dim must be >= 1 and below the rank of the images, {rank}, got {latent_dim}."
         )

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tests.benchmarks import bench_divergence, bench_report, bench_shards, bench_training, harness
+from tests.benchmarks import (
+    bench_divergence,
+    bench_report,
+    bench_scale,
+    bench_shards,
+    bench_training,
+    harness,
+)
 
-for module in (bench_divergence, bench_shards, bench_training, bench_report):
+for module in (bench_divergence, bench_shards, bench_training, bench_scale, bench_report):
     harness.main(module.__name__.rpartition("bench_")[2], module.BENCHMARKS)

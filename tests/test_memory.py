@@ -1,0 +1,108 @@
+"""What a run needs, against what real runs took; what is refused, and how many fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+from vaeq.config import RunConfig
+from vaeq.errors import InputError
+from vaeq.memory import fitting, needed, require_memory, weights
+
+PEAK = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
+from vaeq.experiment import run
+from vaeq.memory import needed
+config = RunConfig(
+    outputs=sys.argv[1], device="cpu", epochs=1, encoder_width=int(sys.argv[2]),
+    encoder_depth=int(sys.argv[3]), latent_dim=int(sys.argv[4]),
+    data=DataConfig(n_train=300, n_test=100),
+    measure=MeasureConfig(panel="decomposition", n_samples=100),
+    generation=GenerationConfig(n_importance=None, quality=False),
+)
+run(config, lambda event: None, 1)
+(line,) = (l for l in Path("/proc/self/status").read_text().splitlines() if l[:5] == "VmHWM")
+print(needed(config).total / (1024 * int(line.split()[1])))
+"""
+
+
+def test_the_parameters_are_counted_as_torch_counts_them() -> None:
+    from vaeq.model import VAE  # here alone: this module needs no torch
+
+    config = RunConfig(latent_dim=5, encoder_depth=3, encoder_width=31, decoder_depth=0)
+    import torch
+
+    vae = VAE(
+        784, 5, encoder_depth=3, encoder_width=31, decoder_depth=0, decoder_width=500,
+        activation="relu", generator=torch.Generator(),
+    )  # fmt: skip
+    assert weights(config) == sum(value.numel() for value in vae.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("shape", [("16", "1", "2"), ("2048", "3", "64")])
+def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path: Path, shape: tuple[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), *shape],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert 1 / 1.5 < float(done.stdout) < 1.5
+
+
+def test_more_of_anything_needs_more() -> None:
+    config = RunConfig()
+    base = needed(config).total
+    for changes in (
+        {"encoder_width": 4096},
+        {"encoder_depth": 60},
+        {"decoder_width": 4096},
+        {"latent_dim": 4096},
+        {"batch_size": 60_000},
+    ):
+        assert needed(replace(config, **changes)).total > base, changes  # type: ignore[arg-type]
+    assert needed(config, members=64).total > base
+    assert needed(config, n_train=10_000_000).total > base
+
+
+def test_a_run_beyond_the_memory_is_refused_in_one_line() -> None:
+    config = RunConfig(latent_dim=512, encoder_depth=8, encoder_width=4096)
+    with pytest.raises(InputError) as caught:
+        require_memory(needed(config), 4 * 2**30, "this machine", config)
+    assert str(caught.value) == (
+        "a run of encoder_width=4096, encoder_depth=8, latent_dim=512 needs about "
+        f"{needed(config).total / 2**30:.1f} GiB of memory, and this machine has 4.0 GiB free; "
+        "lower encoder_width, encoder_depth or batch_size."
+    )
+    require_memory(needed(config), 24 * 2**30, "this machine", config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_nothing_is_written_of_a_run_that_does_not_fit(
+    vaeq: Run, tmp_path: Path, command: str
+) -> None:
+    words = ("encoder_width=65536", "encoder_depth=64", "device=cpu")
+    done = vaeq(command, *words, *(("seed=0,1",) if command == "sweep" else ()))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "encoder_width=65536, encoder_depth=64" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_many_runs_side_by_side_as_the_largest_leave_room_for() -> None:
+    small, large = RunConfig(), RunConfig(encoder_width=4096, encoder_depth=8)
+    room = needed(large).total + 2 * needed(small).total
+    assert fitting([small] * 5 + [large], room) == 3
+    assert fitting([small] * 5, room) == room // needed(small).total
+    assert fitting([large], 0) == 1
