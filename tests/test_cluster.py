@@ -93,7 +93,7 @@ def pool_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pool")
     subprocess.run(
         [sys.executable, "-m", "vaeq", "sweep", *TINY, *SWEPT],
-        cwd=folder, check=True, capture_output=True, timeout=300,
+        cwd=folder, check=True, capture_output=True, timeout=900,
     )  # fmt: skip
     return folder / "outputs" / "smoke"
 
@@ -163,7 +163,7 @@ def test_of_a_slurm_array_the_cancelled_job_is_reported_and_only_it_is_run_again
     (script,) = (tmp_path / "outputs" / ".submitit").glob("*_submission.sh")
     array = script.name.split("_")[0]
     subprocess.run(["scancel", f"{array}_1"], env={**os.environ, **node}, check=True)
-    said, errors = sweep.communicate(timeout=60)
+    said, errors = sweep.communicate(timeout=300)
     (tmp_path / "hold").unlink()
     assert sweep.returncode == 1
     assert f"Slurm array {array}, 3 jobs" in said
@@ -186,7 +186,7 @@ def test_a_stopped_sweep_takes_its_jobs_back(node: dict[str, str], tmp_path: Pat
     sweep = begin(tmp_path, "seed=0,1", "epochs=1000000", *ON_SLURM, **node)
     wait_until(lambda: list((tmp_path / "outputs" / "smoke").glob("*/history.csv")))
     sweep.send_signal(signal.SIGTERM)
-    _, words = sweep.communicate(timeout=60)
+    _, words = sweep.communicate(timeout=300)
     assert sweep.returncode == 143
     assert "the same command goes on" in words
 
@@ -286,7 +286,7 @@ def test_of_a_ray_cluster_the_dead_worker_is_reported_and_only_its_run_is_run_ag
         wait_until(lambda: len(written(folder)) == 2)
         wait_until(lambda: len(busy_ray_workers_in(tmp_path)) == 1)
         os.kill(*busy_ray_workers_in(tmp_path), signal.SIGKILL)
-    said, errors = sweep.communicate(timeout=60)
+    said, errors = sweep.communicate(timeout=300)
     assert sweep.returncode == 1
     assert f"{lost}: failed: its job left no record: Ray says that its worker died" in said
     assert "1 of 3 runs failed" in errors
@@ -338,7 +338,7 @@ def test_two_machines_that_share_a_folder_split_a_sweep(
     with ExitStack() as locks:
         # Held until both are there, and have found every run taken.
         runs = begin(tmp_path, *words, f"outputs={tmp_path / 'names'}")
-        runs.communicate(timeout=120)
+        runs.communicate(timeout=300)
         names = [directory.name for directory in (tmp_path / "names" / "smoke").iterdir()]
         assert len(names) == 6
         for name in names:
@@ -353,7 +353,7 @@ def test_two_machines_that_share_a_folder_split_a_sweep(
             lambda: all("another process is at what is left (6)" in log.read_text() for log in logs)
         )
     for process in both:
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=300) == 0
     trained = [
         {line.split()[1] for line in log.read_text().splitlines() if ": complete: " in line}
         for log in logs

@@ -307,6 +307,23 @@ def test_variances_that_seem_mistaken_are_told_of_in_shards_too(tmp_path: Path) 
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_is_used_up_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    mean, logvar = codes()
+    write(tmp_path, mean=mean, logvar=logvar)
+
+    def full(*arguments: object, **settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr("vaeq.measurement.decompose", full)
+    with pytest.raises(InputError, match=r"need more memory than there is; .* add shards=16, or"):
+        measure_file(tmp_path)
+
+
 def test_as_many_shards_as_fit_into_half_of_the_memory() -> None:
     assert shards_needed(10 * 2**20, 60 * 2**20, workers=2) == 1
     assert shards_needed(10 * 2**20, 59 * 2**20, workers=2) == 4

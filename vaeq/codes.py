@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -380,20 +381,35 @@ def measure_file(
 
     target = None if output is None else _writable(Path(output))
     sharded = in_shards(str(codes), shards)
-    if sharded is None:
-        read = read_codes(codes)
-        found = measure(
-            read.mean, read.logvar, read.test_mean, read.test_logvar, read.labels, **settings
-        )
-    else:
-        with sharded as posterior:
-            test = _beside_shards(str(codes), posterior)
-            found = measure_posterior(posterior, test, **settings)
+    with _explaining_memory(str(codes)):
+        if sharded is None:
+            read = read_codes(codes)
+            found = measure(
+                read.mean, read.logvar, read.test_mean, read.test_logvar, read.labels, **settings
+            )
+        else:
+            with sharded as posterior:
+                test = _beside_shards(str(codes), posterior)
+                found = measure_posterior(posterior, test, **settings)
     if target is not None:
         from vaeq.record import dump, write_atomic
 
         write_atomic(target, dump(found.to_dict()))
     return found
+
+
+@contextmanager
+def _explaining_memory(source: str) -> Iterator[None]:
+    """One sentence for memory that is used up, in the words of NumPy or of torch."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise InputError(
+            f"codes={one_line(source)} need more memory than there is; keep them as .npy files and "
+            "add shards=16, or more."
+        ) from None
 
 
 def _beside_shards(source: str, posterior: ShardedPosterior) -> Codes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -100,15 +100,17 @@ class MixtureLogDensity:
         return found[0], found[1], found[2]
 
     @property
-    def path(self) -> str:
-        """The arithmetic in use, e.g. "tiled float32" or "tiled float32, float64 for 7 of 100"."""
+    def arithmetic(self) -> dict[str, int]:
+        """How many components are computed in which arithmetic."""
         counts = {"tiled float32": len(self._single), "tiled float64": len(self._double)}
         if counts["tiled float32"] and rounds_products(self._mean.device):
             counts = {"tiled float64": len(self._single) + len(self._double)}
-        counts["direct float64"] = len(self._direct)
-        used = [f"{name} ({count} of {len(self._mean)} components)" for name, count in
-                counts.items() if count]  # fmt: skip
-        return used[0].partition(" (")[0] if len(used) == 1 else " and ".join(used)
+        return {**counts, "direct float64": len(self._direct)}
+
+    @property
+    def path(self) -> str:
+        """The arithmetic in use, in words."""
+        return path_words(self.arithmetic)
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """log q_N(z) of z (S, D) in nats, float64, shape (S,)."""
@@ -170,6 +172,17 @@ class MixtureLogDensity:
             ]
             total = torch.logaddexp(total, torch.cat(found))
         return total
+
+
+def path_words(arithmetic: Mapping[str, int]) -> str:
+    """Arithmetic in words, such as "tiled float32 (93 of 100 components) and tiled float64 (7 of
+    100 components)", or without numbers where there is one.
+    """
+    total = sum(arithmetic.values())
+    used = {name: count for name, count in arithmetic.items() if count}
+    if len(used) == 1:
+        return next(iter(used))
+    return " and ".join(f"{name} ({count} of {total} components)" for name, count in used.items())
 
 
 def chunk_rows(dims: int) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
 from vaeq.errors import InputError
-from vaeq.log_density import MixtureLogDensity, chunk_rows, sum_rows
+from vaeq.log_density import MixtureLogDensity, chunk_rows, path_words, sum_rows
 
 # Where |μ|/σ passes the first, float32 draws would be rounded by a hundredth of their σ; past the
 # second, float64 draws by a thousandth.
@@ -76,7 +77,10 @@ class AggregatedPosterior:
     @property
     def path(self) -> str:
         """Which arithmetic :meth:`log_prob` takes, e.g. ``"tiled float32"``."""
-        return self._density.path
+        found: Counter[str] = Counter()
+        for part in self.over_parts(_arithmetic):
+            found.update(part)
+        return path_words(found)
 
     def sample(
         self, n_samples: int, generator: torch.Generator | None = None
@@ -170,6 +174,10 @@ class AggregatedPosterior:
 
     def __repr__(self) -> str:
         return f"AggregatedPosterior(n={self.n}, latent_dim={self.latent_dim}, path={self.path!r})"
+
+
+def _arithmetic(part: AggregatedPosterior) -> dict[str, int]:
+    return part._density.arithmetic
 
 
 def _column_sums(part: AggregatedPosterior) -> torch.Tensor:

@@ -244,10 +244,6 @@ def _log_sum_marginal(part: AggregatedPosterior, z: torch.Tensor) -> torch.Tenso
     return part.log_prob_marginal(z).double() + math.log(part.n)
 
 
-def _path(part: AggregatedPosterior) -> str:
-    return part.path
-
-
 class ShardedPosterior(AggregatedPosterior):
     """The aggregated posterior of codes in files, held in parts by workers, on the CPU.
 
@@ -346,8 +342,7 @@ class ShardedPosterior(AggregatedPosterior):
     @property
     def path(self) -> str:
         """Which arithmetic log_prob takes, e.g. ``"tiled float32, 8 shards"``."""
-        found = sorted(set(self.over_parts(_path)))
-        return f"{' and '.join(found)}, {self.shards} shards"
+        return f"{super().path}, {self.shards} shards"
 
     def over_parts(self, function: Callable[..., T], *arguments: Any) -> list[T]:
         """``function(shard, *arguments)`` for each shard, in its worker."""
