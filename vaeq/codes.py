@@ -380,8 +380,8 @@ def measure_file(
     from vaeq.shards import in_shards
 
     target = None if output is None else _writable(Path(output))
-    sharded = in_shards(str(codes), shards)
     with _explaining_memory(str(codes)):
+        sharded = in_shards(str(codes), shards)
         if sharded is None:
             read = read_codes(codes)
             found = measure(

@@ -60,8 +60,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def peaks(session: int, found: dict[int, int]) -> None:
-    """Largest anonymous memory of every process of a session so far, in kB, by its id."""
+def look(session: int, memory: dict[int, int], work: dict[int, float]) -> None:
+    """The processes of a session: largest anonymous memory so far in kB, processor seconds."""
     for place in Path("/proc").glob("[0-9]*"):
         try:
             fields = (place / "stat").read_text().rpartition(")")[2].split()
@@ -70,8 +70,10 @@ def peaks(session: int, found: dict[int, int]) -> None:
             lines = (place / "status").read_text().splitlines()
         except OSError:
             continue
+        process = int(place.name)
         anonymous = next((int(x.split()[1]) for x in lines if x.startswith("RssAnon")), 0)
-        found[int(place.name)] = max(found.get(int(place.name), 0), anonymous)
+        memory[process] = max(memory.get(process, 0), anonymous)
+        work[process] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measured(folder: Path, shards: int, limit: int | None) -> dict[str, Any]:
@@ -94,17 +96,19 @@ def measured(folder: Path, shards: int, limit: int | None) -> dict[str, Any]:
         start_new_session=True,
         preexec_fn=bounded,
     )
-    found: dict[int, int] = {}
+    memory: dict[int, int] = {}
+    work: dict[int, float] = {}
     while process.poll() is None:
-        peaks(process.pid, found)
+        look(process.pid, memory, work)
         time.sleep(0.1)
     assert process.stderr is not None
     return {
         "shards": shards,
         "limited": limit is not None,
         "seconds": time.perf_counter() - start,
-        "largest_process_megabytes": max(found.values()) / 1024,
-        "processes": len(found),
+        "processor_seconds": sum(work.values()),
+        "largest_process_megabytes": max(memory.values()) / 1024,
+        "processes": len(memory),
         "exit": process.returncode,
         "words": process.stderr.read().strip().splitlines()[-1:],
         "estimates": json.loads(output.read_text())["estimates"] if output.exists() else None,
@@ -131,7 +135,8 @@ def bench_shards() -> list[dict[str, Any]]:
             ending = " ".join(run["words"]) if run["exit"] else "done"
             say(
                 f"  N = {n:>8}, {run['shards']:>2} shards{', limited' if run['limited'] else '':<9}"
-                f" {run['seconds']:7.1f} s, largest process "
+                f" {run['seconds']:7.1f} s, {run['processor_seconds']:7.1f} s of processors, "
+                "largest process "
                 f"{run['largest_process_megabytes']:6.0f} MB: {ending}"
             )
     sharded, whole = rows[1], rows[-1]
@@ -142,16 +147,17 @@ def bench_shards() -> list[dict[str, Any]]:
         )
         say(f"  largest difference from one piece: {gap:.1e}")
         rows[1]["largest_difference"] = gap
-    # Both are straight lines in N at fixed D, draws and shards.
-    slope = (sharded["seconds"] - rows[0]["seconds"]) / (SIZES[1] - SIZES[0])
-    seconds = sharded["seconds"] + slope * (PAPER - SIZES[1])
+    # A straight line in N at fixed D and draws.
+    name = "processor_seconds"
+    slope = (sharded[name] - rows[0][name]) / (SIZES[1] - SIZES[0])
+    seconds = sharded[name] + slope * (PAPER - SIZES[1])
     piece = 8 * DIMS * PAPER / SHARDS
     shards = SHARDS * PAPER // SIZES[1]
     say(
-        f"  on paper, N = {PAPER}: {seconds:.0f} s, in {shards} shards with the memory above "
-        f"(in {SHARDS}, {piece / 2**20:.0f} MB of codes a worker)\n"
+        f"  on paper, N = {PAPER}: {seconds:.0f} s of processors, in {shards} shards with the "
+        f"memory above (in {SHARDS}, {piece / 2**20:.0f} MB of codes a worker)\n"
     )
-    rows.append({"n": PAPER, "on_paper": True, "seconds": seconds, "shards": shards})
+    rows.append({"n": PAPER, "on_paper": True, name: seconds, "shards": shards})
     return rows
 
 
