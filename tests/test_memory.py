@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.conftest import Run
+from tests.soak import times
 from vaeq.config import RunConfig
 from vaeq.errors import InputError
 from vaeq.memory import fitting, needed, require_memory, weights
+from vaeq.pool import Pool
+from vaeq.progress import Event
+from vaeq.sweep import SweepResult
 
 PEAK = """
 import sys
@@ -81,7 +87,7 @@ def test_a_run_beyond_the_memory_is_refused_in_one_line() -> None:
         require_memory(needed(config), 4 * 2**30, "this machine", config)
     assert str(caught.value) == (
         "a run of encoder_width=4096, encoder_depth=8, latent_dim=512 needs about "
-        f"{needed(config).total / 2**30:.1f} GiB of memory, and this machine has 4.0 GiB free; "
+        f"{needed(config).more / 2**30:.1f} GiB of memory, and this machine has 4.0 GiB free; "
         "lower encoder_width, encoder_depth or batch_size."
     )
     require_memory(needed(config), 24 * 2**30, "this machine", config)
@@ -106,3 +112,32 @@ def test_as_many_runs_side_by_side_as_the_largest_leave_room_for() -> None:
     assert fitting([small] * 5 + [large], room) == 3
     assert fitting([small] * 5, room) == room // needed(small).total
     assert fitting([large], 0) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+def test_run_after_run_takes_no_more_memory(tiny: RunConfig) -> None:
+    """A worker and its parent hold as much after all runs as after half of them, but for caches."""
+    runs = times(24, 2000)
+    pool = Pool(Console(file=io.StringIO()), n_jobs=1)
+    held: dict[int, tuple[float, float]] = {}
+
+    class Watched(SweepResult):
+        def note(self, event: Event) -> None:
+            super().note(event)
+            if event.kind == "complete":
+                (worker,) = pool.workers
+                held[len(self.complete)] = resident("self"), resident(worker.process.pid)
+
+    result = Watched()
+    pool.run([replace(tiny, epochs=1, seed=seed) for seed in range(runs)], result)
+    assert len(result.complete) == runs
+    for before, after in zip(held[runs // 2], held[runs], strict=True):
+        assert after - before < 6 + 0.01 * runs
+
+
+def resident(process: int | str | None) -> float:
+    """Megabytes a process holds now."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024

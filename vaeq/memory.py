@@ -38,9 +38,14 @@ class Need:
     measuring: int  # weights, codes, activations of encoding, estimators
 
     @property
+    def more(self) -> int:
+        """Beyond what a process holds that has its images; training and measuring take turns."""
+        return max(self.training, self.measuring)
+
+    @property
     def total(self) -> int:
-        """Training and measuring follow one another."""
-        return self.process + self.images + max(self.training, self.measuring)
+        """Of a process from its start to its end."""
+        return self.process + self.images + self.more
 
 
 def weights(config: RunConfig, pixels: int = _PIXELS) -> int:
@@ -103,7 +108,7 @@ def needed(
 
 
 def require_memory(need: Need, available: int, place: str, config: RunConfig) -> None:
-    """Refuse a run that would not fit, before it begins.
+    """Refuse a run that would not fit, before it begins but with its images at hand.
 
     Args:
         available: bytes that can still be taken at ``place``.
@@ -112,13 +117,13 @@ def require_memory(need: Need, available: int, place: str, config: RunConfig) ->
     Raises:
         InputError: with the estimate, what there is, and what makes it smaller.
     """
-    if need.total > available:
+    if need.more > available:
         encoder, decoder = layers(config)
         larger = "encoder" if sum(encoder) >= sum(decoder) else "decoder"
         width, depth = (getattr(config, f"{larger}_{name}") for name in ("width", "depth"))
         raise InputError(
             f"a run of {larger}_width={width}, {larger}_depth={depth}, "
-            f"latent_dim={config.latent_dim} needs about {gigabytes(need.total)} of memory, and "
+            f"latent_dim={config.latent_dim} needs about {gigabytes(need.more)} of memory, and "
             f"{place} has {gigabytes(available)} free; lower {larger}_width, {larger}_depth or "
             "batch_size."
         )
