@@ -92,7 +92,7 @@ def test_runs_of_other_versions_lie_beside_and_are_named(vaeq: Run, tmp_path: Pa
     assert len(before) == 3
 
     report = vaeq("report", "runs=outputs/smoke", COLUMNS="500", check=True).stdout
-    assert "4 runs: 1 complete, 3 other schema" in report
+    assert "4 runs: 1 complete, 3 of another schema version" in report
     for version in OTHERS:
         assert f"{axes}-{version:08x} (other schema): {RECORD} {words(version)}" in report
 
