@@ -110,8 +110,21 @@ def test_as_many_runs_side_by_side_as_the_largest_leave_room_for() -> None:
     small, large = RunConfig(), RunConfig(encoder_width=4096, encoder_depth=8)
     room = needed(large).total + 2 * needed(small).total
     assert fitting([small] * 5 + [large], room) == 3
-    assert fitting([small] * 5, room) == room // needed(small).total
+    assert fitting([small] * 5, 3 * needed(small).total) == 3
     assert fitting([large], 0) == 1
+
+
+def test_a_sweep_takes_no_more_workers_than_fit(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = io.StringIO()
+    pool = Pool(Console(file=said), n_jobs=8)
+    monkeypatch.setattr("vaeq.pool.available_memory", lambda: 3 * needed(tiny).total)
+    pool._limit([replace(tiny, model="ppca", seed=seed) for seed in range(8)])
+    assert pool.n_jobs == 8
+    pool._limit([replace(tiny, seed=seed) for seed in range(8)])
+    assert pool.n_jobs == 3
+    assert said.getvalue().startswith("3 of 8 runs at a time: the largest needs about 0.")
 
 
 @pytest.mark.slow

@@ -215,9 +215,10 @@ class Pool:
     def _limit(self, configs: Sequence[RunConfig]) -> None:
         """Take no more workers than the largest runs leave memory for, and say so."""
         available = available_memory()
-        most = fitting([config for config in configs if config.model == "mlp"], available)
-        if len(configs) > 1 and most < min(self.n_jobs, len(configs)):
-            largest = max(needed(config).total for config in configs)
+        networks = [config for config in configs if config.model == "mlp"]
+        most = fitting(networks, available)
+        if most < min(self.n_jobs, len(networks)):
+            largest = max(needed(config).total for config in networks)
             self.console.print(
                 f"{most} of {self.n_jobs} runs at a time: the largest needs about "
                 f"{gigabytes(largest)} of memory, and {gigabytes(available)} are free",
