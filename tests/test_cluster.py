@@ -29,7 +29,7 @@ from vaeq import cluster
 from vaeq.config import RunConfig, run_name
 from vaeq.errors import InputError
 from vaeq.ray_cluster import RaySettings
-from vaeq.record import LOCK, RECORD, read_record, run_directory, write_status
+from vaeq.record import LOCK, PICTURES, RECORD, SAMPLES, read_record, run_directory, write_status
 from vaeq.slurm import SlurmSettings
 from vaeq.sweep import SweepResult, record_death
 
@@ -111,10 +111,12 @@ def begin(folder: Path, *words: str, **env: str) -> subprocess.Popen[str]:
 
 
 def science(directory: Path) -> dict[str, Any]:
-    """A record without its times, and the weights."""
+    """A record without its times, the checksums of files without times, and the weights."""
     content = json.loads((directory / RECORD).read_text())
-    content.pop("timing")
+    for name in ("timing", "seal"):
+        content.pop(name)
     content["history"].pop("seconds")
+    content["files"] = {name: content["files"].get(name) for name in (SAMPLES, PICTURES)}
     return {**content, "weights": weights(directory)}
 
 
