@@ -139,7 +139,7 @@ def content(run: Path) -> dict[str, Any]:
     files: dict[str, Any] = {path.name: None for path in run.iterdir()}
     for path in run.glob("*.safetensors"):
         with safe_open(path, framework="np") as file:
-            metadata = dict(file.metadata() or {})
+            metadata = _timeless(file.metadata() or {})
             if "history" in metadata:
                 metadata["history"] = [_timeless(row) for row in json.loads(metadata["history"])]
             tensors = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
@@ -147,6 +147,8 @@ def content(run: Path) -> dict[str, Any]:
     for path in run.glob("*.json"):
         found = _timeless(json.loads(path.read_text()))
         found.get("history", {}).pop("seconds", None)
+        for name in ("checkpoint.safetensors", "history.csv"):  # whose content is compared itself
+            found.get("files", {}).pop(name, None)
         files[path.name] = found
     rows = list(csv.DictReader((run / "history.csv").read_text().splitlines()))
     files["history.csv"] = [_timeless(row) for row in rows]
@@ -155,7 +157,8 @@ def content(run: Path) -> dict[str, Any]:
 
 
 def _timeless(mapping: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in mapping.items() if k not in ("seconds", "timing", "updated_at")}
+    times = ("seconds", "timing", "updated_at", "seal")  # a seal is of the times, too
+    return {k: v for k, v in mapping.items() if k not in times}
 
 
 def contents(experiment: Path) -> dict[str, dict[str, Any]]:

@@ -162,8 +162,8 @@ def test_after_any_kills_the_same_command_ends_in_the_same_bits(
         assert os.listdir(siege.temporary) == []
         killed += siege.killed
         found += siege.found
-    with capsys.disabled():
-        print(f"\n{killed.total()} kills: {dict(killed)}; left: {dict(found)}")  # noqa: T201
+        with capsys.disabled():
+            print(f"\n{killed.total()} kills: {dict(killed)}; they left: {dict(found)}")  # noqa: T201
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
