@@ -93,7 +93,7 @@ def test_a_lock_of_a_dead_process_is_taken_over_where_there_is_no_flock(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, holders: list[Holder]
 ) -> None:
     # What filelock leaves where a process dies that had the file alone for a lock.
-    monkeypatch.setattr("vaeq.lock.FileLock", SoftFileLock)
+    monkeypatch.setattr("vaeq.record.FileLock", SoftFileLock)
     directory = run_directory(config)
     directory.mkdir(parents=True)
     words = (
@@ -156,7 +156,7 @@ def test_a_pool_takes_other_runs_first_and_takes_up_what_another_process_left(
         # One dies without having done it, the other has.
         holders[0].end(signal.SIGKILL)
         record = read_record(run_directory(free[0]) / "record.json")
-        done = replace(record, config_hash=config_hash(finished))
+        done = replace(record, config_hash=config_hash(finished), files={})
         write_record(run_directory(finished), done)
         holders[1].end()
 
