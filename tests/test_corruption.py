@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -310,7 +310,7 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on_or_is_complete(
     whole: Kept, monkeypatch: pytest.MonkeyPatch, damaged: str | None
 ) -> None:
     """From nothing, or while a damaged run is made again: nothing written after the nth file."""
-    real = record_module.write_atomic
+    real = record_module.write_together
     written: list[str] = []
     states: list[str] = []
     for n in itertools.count():
@@ -321,28 +321,29 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_goes_on_or_is_complete(
             (directory / damaged).write_bytes(whole.foreign[damaged])
         written.clear()
 
-        def write(path: Path, content: bytes, most: int = n) -> None:
-            written.append(path.name)
-            if len(written) <= most:
-                real(path, content)
+        def write(files: Mapping[Path, bytes | str], most: int = n) -> None:
+            for path, content in files.items():
+                written.append(path.name)
+                if len(written) <= most:
+                    real({path: content})
 
-        monkeypatch.setattr(record_module, "write_atomic", write)
+        monkeypatch.setattr(record_module, "write_together", write)
         train(whole.config)
         monkeypatch.undo()
         complete = complete_record(directory, whole.config) is not None
-        # The record is the last file but one, and a run is complete from there on.
-        assert complete == (n > written.index(RECORD))
+        # The record is the last file of all.
+        assert complete == (n >= len(written))
         events = train(whole.config)
         states.append(events[0].kind)
         assert events[-1].kind == ("skipped" if complete else "complete")
         if damaged is None:
             # A kill is no damage: no file is suspected.
             assert "note" not in [event.kind for event in events]
-        assert complete or outcome(directory) == whole.outcome
-        if n == len(written):
+        assert outcome(directory) == whole.outcome
+        if complete:
             break
-    assert written[-2:] == [RECORD, STATUS]
-    assert states[-2:] == ["skipped"] * 2
+    assert written[-2:] == [STATUS, RECORD]
+    assert states[-1] == "skipped"
     # The settings, the state after each epoch and of the whole, and what was measured.
     assert set(written) == set(FINISHED)
     assert written.count(CHECKPOINT) >= 2
