@@ -425,7 +425,7 @@ def test_a_job_is_lost_only_where_no_record_follows_its_end(
     # A failure of an earlier attempt is not the word of this one.
     record_death(lost, 0, "an old failure")
     runs = cluster.watched([lost, seen_late])
-    write_status(run_directory(lost), "running", 1, lost.epochs)
+    write_status(run_directory(lost), lost, "running", 1)
 
     class Late(Ended):
         def over(self, seconds: float) -> dict[int, str]:

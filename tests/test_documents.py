@@ -95,6 +95,7 @@ def test_help_names_the_files_that_are_written() -> None:
 
 def commands_of(text: str) -> list[str]:
     """Indented command lines of a document, without what stands beside them, and inline ones."""
+    text = re.sub(r"\\\n\s*", " ", text)  # a continued line is one command
     indented = re.findall(r"^    (?:\S*/)?vaeq ((?:train|sweep|report|measure|sample)\b.*)$", text,
                           re.MULTILINE)  # fmt: skip
     inline = re.findall(r"`vaeq ((?:train|sweep|report|measure|sample) [^`]*)`", text)

@@ -128,13 +128,14 @@ def test_a_training_that_explodes_is_a_failure_with_its_epoch(
 def test_codes_that_explode_after_training_are_a_failure_with_its_reason(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = experiment._encode
+    real = experiment.encode_all
 
-    def exploded(runs: Any) -> Any:
-        return [((m, v + 100), test) for (m, v), test in real(runs)]
+    def exploded(vaes: Any, images: Any) -> Any:
+        shift = 100 if len(images) == tiny.data.n_train else 0
+        return [(mean, logvar + shift) for mean, logvar in real(vaes, images)]
 
-    monkeypatch.setattr(experiment, "_encode", exploded)
-    with pytest.raises(VaeqError, match=r"logvar must be in \[-80, 80\]"):
+    monkeypatch.setattr(experiment, "encode_all", exploded)
+    with pytest.raises(VaeqError, match="logvar must be within ±100"):
         run(tiny, lambda event: None, threads=1)
     failure = read_record(run_directory(tiny) / RECORD).failure
     assert failure is not None

@@ -35,6 +35,7 @@ def record() -> RunRecord:
         "complete",
         {"latent_dim": 2, "seed": 0},
         config_hash(RunConfig()),
+        history={"epoch": [1], "test_elbo": [-101.0]},
         estimates={"elbo": {"value": -100.0, "std_error": 0.1, "unit": "nats"}},
         per_dimension={"kl": [0.1, 0.2]},
     )
@@ -46,10 +47,11 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path, record: RunRecord) -> Non
 
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path, record: RunRecord) -> None:
-    write_record(tmp_path, replace(record, history={"test_elbo": [float("nan"), 1.0]}))
+    history = {"epoch": [1, 2], "test_elbo": [float("nan"), 1.0]}
+    write_record(tmp_path, replace(record, history=history))
     text = (tmp_path / RECORD).read_text()
     assert "NaN" not in text
-    assert read_record(tmp_path / RECORD).history == {"test_elbo": [None, 1.0]}
+    assert read_record(tmp_path / RECORD).history == {"epoch": [1, 2], "test_elbo": [None, 1.0]}
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,13 @@ class Bench:
             failed |= value is None
             directory.mkdir(parents=True, exist_ok=True)
             estimates = {"marginal_kl": {"value": value, "std_error": 0.0, "unit": "nats"}}
-            record = RunRecord("complete", asdict(config), config_hash(config), estimates=estimates)
+            record = RunRecord(
+                "complete",
+                asdict(config),
+                config_hash(config),
+                history={"epoch": [1]},
+                estimates=estimates,
+            )
             if value is None:
                 record = replace(record, state="failed", estimates={}, failure={"type": "x"})
             write_record(directory, record)
