@@ -81,7 +81,10 @@ def read_samples(run: Run) -> Samples:
     z, label = arrays.get("z"), arrays.get("label")
     if z is None or z.ndim != 2 or z.shape[0] < 2 or z.shape[1] != run.settings["latent_dim"]:
         raise FigureError(f"{where} holds no array z of shape (n, latent_dim)")
-    if not np.issubdtype(z.dtype, np.floating) or not (np.abs(z) < _LARGEST_CODE).all():
+    if (
+        not np.issubdtype(z.dtype, np.floating)
+        or not (np.abs(z.astype(float)) < _LARGEST_CODE).all()
+    ):
         raise FigureError(f"z in {where} holds numbers that are not finite")
     if label is None:
         return Samples(z.astype(np.float32), None)
