@@ -63,10 +63,12 @@ def _parse(text: str) -> ast.expr:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(text.strip(), mode="eval").body
+        _check(tree, shown)
+    except InputError:
+        raise
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         hint = "compare with ==, not =" if "=" in text else "write latent_dim>=8 and seed<3"
         raise InputError(f"where={shown} is no condition; {hint}.") from None
-    _check(tree, shown)
     return tree
 
 
