@@ -38,9 +38,11 @@ def save_checkpoint(directory: Path, state: State, config_hash: str, *, final: b
         tensors |= {prefix + name: v for prefix, part in parts.items() for name, v in part.items()}
     metadata = {
         "history": json.dumps(state.history),
-        "step": json.dumps(state.moments.step),
         "final": json.dumps(final),
     }
+    if not final:
+        # With the moments: one that is finished again after a kill has none, and the same bits.
+        metadata["step"] = json.dumps(state.moments.step)
     return save_weights(directory, tensors, config_hash, metadata)
 
 
