@@ -37,7 +37,7 @@ def test_the_best_weights_of_early_stopping_come_back(tmp_path: Path, small: Ima
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a checkpoint says of itself, but for the seal, which hangs on the order it is said in."""
+    """What a checkpoint says of itself, but for the seal, which hangs on the order of it."""
     with safe_open(path, framework="pt") as file:
         return {name: value for name, value in file.metadata().items() if name != "seal"}
 
