@@ -231,6 +231,23 @@ def _epochs_told(lines: str) -> dict[str, int]:
     return {name: int(epoch) for name, epoch in found}
 
 
+@pytest.mark.soak
+def test_an_interrupt_in_the_first_seconds_is_one_line_and_the_end(tmp_path: Path) -> None:
+    # Imports and configs that are cut in two swallow it, or fail with errors of their own.
+    for step in range(times(4, 80)):
+        number, status = [(signal.SIGINT, 130), (signal.SIGTERM, 143)][step % 2]
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        session = Session(folder, "train", *TINY, "epochs=100000")
+        assert eventually(lambda session=session: _handles(session.process.pid, signal.SIGTERM))
+        time.sleep(step * times(500, 25) / 1000)
+        session.process.send_signal(number)
+        assert session.wait() == status, session.stderr.read_text()
+        words = session.stderr.read_text()
+        assert "the same command goes on" in words
+        assert words.count("\n") == 1, words
+
+
 def test_workers_end_when_the_sweep_alone_is_killed_also_while_they_measure(
     tmp_path: Path, temporary: Path
 ) -> None:

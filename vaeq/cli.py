@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vaeq import __version__
 from vaeq.errors import InputError, VaeqError, one_line
+from vaeq.interrupts import handle_between
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -91,7 +92,9 @@ def main() -> None:
     # doubles the time of a step where none has. Some ten microseconds cost neither much.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        handle_between(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may ignore it
+            handle_between(signal.SIGINT, signal.default_int_handler)
         _dispatch(sys.argv[1:])
     except InputError as error:
         _exit(str(error), BAD_INPUT)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, held back where they would cut something in two."""
+"""SIGINT and SIGTERM, held back where they would cut in two what does not bear it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+# Seconds until it is looked again whether that is over.
+_SOON = 0.02
 
 
 @contextmanager
@@ -42,3 +45,35 @@ def held_back() -> Iterator[Callable[[], None]]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         let_in()
+
+
+def handle_between(number: int, handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Handle a signal as soon as no import and no composing of a config is under way.
+
+    An import of NumPy or torch that an exception cuts in two swallows it and goes on, or leaves
+    modules that fail with errors of their own; so does a config of OmegaConf's.
+    """
+
+    def handle(signalled: int, frame: FrameType | None) -> None:
+        if _fragile(frame):
+            signal.signal(signal.SIGALRM, lambda _, later: handle(number, later))
+            signal.setitimer(signal.ITIMER_REAL, _SOON)
+        else:
+            handler(number, None)
+
+    signal.signal(number, handle)
+
+
+def _fragile(frame: FrameType | None) -> bool:
+    """Whether an import is under way here, or Hydra with nothing of vaeq's inside it."""
+    inside = True
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        package = module.partition(".")[0]
+        inside = inside and package not in ("vaeq", "hydra_plugins")
+        if module.startswith("importlib._bootstrap"):
+            return True
+        if inside and package in ("hydra", "omegaconf"):
+            return True
+        frame = frame.f_back
+    return False
