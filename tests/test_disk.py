@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import TINY, Run
 from tests.failing_runs import tiny as small_run
 from tests.sessions import half_written, leftovers
-from tests.soak import times
+from tests.soak import SOAK, times
 from vaeq.config import RunConfig
 from vaeq.errors import DiskError, InputError
 from vaeq.experiment import run, run_ensemble
@@ -113,6 +113,7 @@ def test_a_disk_that_is_full_at_any_moment(
     assert len(met) > times(2, 3), met
 
 
+@pytest.mark.skipif(not SOAK, reason="part of make soak")
 @pytest.mark.soak
 def test_a_full_disk_fails_the_run_that_fills_it_and_not_the_sweep(
     mount: Mount, vaeq: Run, tmp_path: Path
