@@ -190,6 +190,7 @@ def bench_sweep() -> list[dict[str, Any]]:
             for n in dict.fromkeys((1, cores))
         }
         ratios.append(seconds[1] / seconds[cores])
+        say("  " + ", ".join(f"{n}: {taken:.1f} s" for n, taken in seconds.items()))
         rows.append({"seconds": seconds, "speedup": ratios[-1]})
     say(f"  speed-up {three(summary(ratios))} on {cores} cores (min / median / max of {REPEATS})")
     tiny = [sweep_seconds(1, 40, epochs=1, n_train=256, width=8) / 40 for _ in range(REPEATS)]
