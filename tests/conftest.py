@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
-from vaeq.data import Images, load_images
+from vaeq.data.images import Images, load_images
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -16,8 +16,8 @@ from tests.sessions import half_written, leftovers
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
 from vaeq.errors import DiskError
 from vaeq.experiment import run
-from vaeq.progress import Event
-from vaeq.record import complete_record, run_directory
+from vaeq.launch.progress import Event
+from vaeq.runs.record import complete_record, run_directory
 
 
 def tiny(outputs: Path) -> RunConfig:

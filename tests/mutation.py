@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from vaeq.checksum import sealed
+from vaeq.files.checksum import sealed
 
 SCRIPT = "<script>alert(1)</script>"
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from vaeq.checksum import BLANK, digest, file_digest, sealed
 from vaeq.config import SCHEMA_VERSION
+from vaeq.files.checksum import BLANK, digest, file_digest, sealed
 
 LOG_N = math.log(60_000)
 

@@ -12,16 +12,16 @@ import torch
 from tests.test_conv import conv
 from tests.test_train import fresh, train, weights
 from vaeq import experiment
-from vaeq.autograd import Autograd
 from vaeq.config import RunConfig, SampleConfig
-from vaeq.data import Images
-from vaeq.elbo import gaussian_kl, reconstruction
-from vaeq.ensemble import Ensemble, Moments, encode_all
+from vaeq.data.images import Images
 from vaeq.errors import InputError, TrainingDiverged
-from vaeq.progress import Event
-from vaeq.record import read_record, run_directory
-from vaeq.sample import sample
-from vaeq.train import State, evaluate
+from vaeq.generation.sample import sample
+from vaeq.launch.progress import Event
+from vaeq.models.elbo import gaussian_kl, reconstruction
+from vaeq.runs.record import read_record, run_directory
+from vaeq.training.autograd import Autograd
+from vaeq.training.ensemble import Ensemble, Moments, encode_all
+from vaeq.training.loop import State, evaluate
 
 
 def fresh_conv(seed: int = 0) -> State:

@@ -18,7 +18,7 @@ from vaeq.divergence import bracket as module
 from vaeq.divergence.bracket import population_bracket
 from vaeq.divergence.decomposition import kl_per_image
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 SIGMA = 0.25
 Encoder = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]

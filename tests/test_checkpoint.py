@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 
 from tests.test_train import fresh, train, weights
-from vaeq.checkpoint import load_checkpoint, save_checkpoint
-from vaeq.data import Images
+from vaeq.data.images import Images
 from vaeq.errors import InputError
-from vaeq.record import CHECKPOINT
+from vaeq.runs.record import CHECKPOINT
+from vaeq.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, small: Images) -> None:

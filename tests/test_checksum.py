@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from vaeq.checksum import (
+from vaeq.files.checksum import (
     BLANK,
     DamagedFile,
     check_seal,

@@ -8,7 +8,7 @@ import torch
 from vaeq.divergence.classes import class_kl
 from vaeq.divergence.decomposition import kl_per_image, marginal_kl
 from vaeq.errors import InputError
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 
 def test_classes_that_are_single_gaussians_in_closed_form() -> None:

@@ -8,10 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vaeq import classifier as module
-from vaeq.classifier import Classifier, classifier_hash, load_classifier, train_classifier
-from vaeq.data import Images
+from vaeq.data.images import Images
 from vaeq.errors import InputError
+from vaeq.generation.classifier import (
+    Classifier,
+    classifier_hash,
+    load_classifier,
+    train_classifier,
+)
+from vaeq.generation.panel import classifier as module
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,12 @@ import pytest
 from tests.conftest import TINY
 from tests.report_fixtures import default_sweep
 from tests.soak import SOAK
-from vaeq import record
 from vaeq.config import RunConfig
 from vaeq.errors import InputError
 from vaeq.experiment import run
-from vaeq.record import run_directory
 from vaeq.report import newest_experiment
+from vaeq.runs import record
+from vaeq.runs.record import run_directory
 
 # Put before every module of a process: an hour is lost at every look at the clock.
 SITE = """

@@ -25,13 +25,21 @@ from rich.console import Console
 from tests.conftest import TINY, Run
 from tests.soak import SOAK
 from tests.test_pool import records, weights
-from vaeq import cluster
 from vaeq.config import RunConfig, run_name
 from vaeq.errors import InputError
-from vaeq.ray_cluster import RaySettings
-from vaeq.record import LOCK, PICTURES, RECORD, SAMPLES, read_record, run_directory, write_status
-from vaeq.slurm import SlurmSettings
-from vaeq.sweep import SweepResult, record_death
+from vaeq.launch import cluster
+from vaeq.launch.ray_cluster import RaySettings
+from vaeq.launch.slurm import SlurmSettings
+from vaeq.launch.sweep import SweepResult, record_death
+from vaeq.runs.record import (
+    LOCK,
+    PICTURES,
+    RECORD,
+    SAMPLES,
+    read_record,
+    run_directory,
+    write_status,
+)
 
 NODE = Path(__file__).with_name("slurm_node.sh")
 SLURM = ("slurmctld", "slurmd", "munged", "sbatch")

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from vaeq.codes import CodesWarning, as_codes, measure_file, read_codes, warn_of
 from vaeq.errors import InputError
+from vaeq.posterior.codes import CodesWarning, as_codes, measure_file, read_codes, warn_of
 
 RNG = np.random.default_rng(0)
 MEAN = RNG.normal(size=(6, 3)).astype(np.float32)

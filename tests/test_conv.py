@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from vaeq.conv import ConvVAE, require_depth
 from vaeq.errors import InputError
+from vaeq.models.conv import ConvVAE, require_depth
 
 
 def conv(shape: tuple[int, ...] = (28, 28), seed: int = 0, **changes: Any) -> ConvVAE:

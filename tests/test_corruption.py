@@ -22,13 +22,16 @@ from safetensors.numpy import load
 from tests.conftest import TINY
 from tests.conftest import Run as Vaeq
 from tests.soak import SOAK, times
-from vaeq import record as record_module
-from vaeq.checksum import DamagedFile
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
 from vaeq.errors import InputError
 from vaeq.experiment import run, run_ensemble
-from vaeq.progress import Event
-from vaeq.record import (
+from vaeq.files.checksum import DamagedFile
+from vaeq.generation.sample import load_decoder
+from vaeq.launch.progress import Event
+from vaeq.report.figures.sources import read_pictures, read_samples
+from vaeq.report.runs import Run, read_runs
+from vaeq.runs import record as record_module
+from vaeq.runs.record import (
     CHECKPOINT,
     CONFIG,
     HISTORY,
@@ -42,9 +45,6 @@ from vaeq.record import (
     read_record,
     run_directory,
 )
-from vaeq.report.figures.sources import read_pictures, read_samples
-from vaeq.report.runs import Run, read_runs
-from vaeq.sample import load_decoder
 
 FINISHED = (RECORD, STATUS, CONFIG, HISTORY, CHECKPOINT, SAMPLES, PICTURES)
 HALF_TRAINED = (STATUS, CONFIG, HISTORY, CHECKPOINT)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from vaeq.data import MNIST_FILES, Images, bernoulli_draw, load_images, mean_image
+from vaeq.data.images import MNIST_FILES, Images, bernoulli_draw, load_images, mean_image
 from vaeq.errors import InputError
 
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 from torchvision import datasets as published
 
-from vaeq.data import MNIST_FILES
-from vaeq.datasets import read_image_set
+from vaeq.data.datasets import read_image_set
+from vaeq.data.images import MNIST_FILES
 from vaeq.errors import InputError
 
 GREY = np.random.default_rng(0).integers(0, 256, (12, 5, 7), dtype=np.uint8)

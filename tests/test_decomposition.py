@@ -14,7 +14,7 @@ from scipy import integrate
 from vaeq.divergence import decompose, kl_per_image, marginal_kl, marginals
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 F64 = torch.float64
 NAMES = [

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 
 import vaeq
 from tests.soak import times
-from vaeq import log_density, measurement
-from vaeq.codes import CodesWarning
+from vaeq import measurement
 from vaeq.divergence import bracket, decompose, marginal_kl, moment_kl
 from vaeq.divergence.decomposition import kl_per_image
 from vaeq.divergence.ex_post import fit_ex_post
 from vaeq.divergence.reverse import reverse_marginal_kl
 from vaeq.divergence.two_sample import two_sample
-from vaeq.elbo import held_out_elbo
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
+from vaeq.generation.samplers import samplers
 from vaeq.measurement import Measurement
-from vaeq.posterior import AggregatedPosterior
-from vaeq.samplers import samplers
+from vaeq.models.elbo import held_out_elbo
+from vaeq.posterior.aggregated import AggregatedPosterior, log_density
+from vaeq.posterior.codes import CodesWarning
 
 
 def generator(seed: int = 0) -> torch.Generator:

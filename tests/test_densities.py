@@ -26,7 +26,7 @@ from vaeq.divergence.densities import (
     stack_weights,
 )
 from vaeq.errors import InputError
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -21,8 +21,8 @@ from tests.soak import SOAK, times
 from vaeq.config import RunConfig
 from vaeq.errors import DiskError, InputError
 from vaeq.experiment import run, run_ensemble
-from vaeq.progress import Event
-from vaeq.record import RunRecord, complete_record, read_record, run_directory
+from vaeq.launch.progress import Event
+from vaeq.runs.record import RunRecord, complete_record, read_record, run_directory
 
 Mount = Callable[..., None]
 HERE = Path(__file__).parent

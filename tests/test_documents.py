@@ -21,8 +21,9 @@ from omegaconf import OmegaConf
 from tests.conftest import TINY
 from tests.soak import SOAK
 from tests.test_experiment import FILES
-from vaeq import cli, compose, study, sweep
+from vaeq import cli, compose
 from vaeq.config import RunConfig, keys_of
+from vaeq.launch import study, sweep
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

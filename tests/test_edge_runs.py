@@ -13,11 +13,18 @@ import torch
 from tests.report_fixtures import write_status
 from vaeq import experiment
 from vaeq.config import GenerationConfig, MeasureConfig, RunConfig
-from vaeq.data import Images
+from vaeq.data.images import Images
 from vaeq.errors import InputError, NeverTrained, TrainingDiverged, VaeqError
 from vaeq.experiment import run
-from vaeq.record import RECORD, RunRecord, complete_record, read_record, run_directory, write_record
 from vaeq.report.runs import read_runs
+from vaeq.runs.record import (
+    RECORD,
+    RunRecord,
+    complete_record,
+    read_record,
+    run_directory,
+    write_record,
+)
 
 
 def images_of(train: torch.Tensor, test: torch.Tensor, like: Images) -> Images:

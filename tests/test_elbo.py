@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from torch import distributions
 
-from vaeq.elbo import gaussian_kl, held_out_elbo, reconstruction
+from vaeq.models.elbo import gaussian_kl, held_out_elbo, reconstruction
 
 
 def test_reconstruction_is_the_bernoulli_log_likelihood() -> None:

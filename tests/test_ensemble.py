@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from tests.test_train import fresh
 from vaeq import experiment
 from vaeq.config import GenerationConfig, RunConfig
-from vaeq.data import Images
-from vaeq.elbo import gaussian_kl, reconstruction
-from vaeq.ensemble import Ensemble, Moments, _log_likelihood, encode_all
+from vaeq.data.images import Images
 from vaeq.errors import TrainingDiverged, VaeqError
-from vaeq.model import ACTIVATIONS, VAE
-from vaeq.progress import Event
-from vaeq.record import RunRecord, read_record, run_directory
-from vaeq.train import Recipe, State, fit, fit_together
+from vaeq.launch.progress import Event
+from vaeq.models.elbo import gaussian_kl, reconstruction
+from vaeq.models.mlp import ACTIVATIONS, VAE
+from vaeq.runs.record import RunRecord, read_record, run_directory
+from vaeq.training.ensemble import Ensemble, Moments, _log_likelihood, encode_all
+from vaeq.training.loop import Recipe, State, fit, fit_together
 
 PIXELS = 12
 

@@ -18,11 +18,11 @@ from vaeq import experiment, hardware
 from vaeq.config import DataConfig, RunConfig, SampleConfig, identified
 from vaeq.errors import InputError, TrainingDiverged
 from vaeq.experiment import run
+from vaeq.generation.sample import sample
 from vaeq.hardware import resolve_device, resolve_precision
-from vaeq.progress import Event
-from vaeq.record import RECORD, RunRecord, read_record, run_directory
+from vaeq.launch.progress import Event
 from vaeq.report import write_report
-from vaeq.sample import sample
+from vaeq.runs.record import RECORD, RunRecord, read_record, run_directory
 
 FILES = {
     ".lock",

@@ -12,7 +12,7 @@ from vaeq.divergence import flow as module
 from vaeq.divergence.bracket import population_bracket
 from vaeq.divergence.densities import GaussianMixture
 from vaeq.divergence.flow import fit_flow, flow_missing
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 
 def codes(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,10 +39,10 @@ from tests.mutation import (
 )
 from tests.report_fixtures import curves_of, full_panel, full_sweep, history_of, write_run
 from tests.soak import times
-from vaeq.checksum import BLANK, digest
 from vaeq.errors import InputError
-from vaeq.model import VAE
-from vaeq.train import State
+from vaeq.files.checksum import BLANK, digest
+from vaeq.models.mlp import VAE
+from vaeq.training.loop import State
 
 START = int(os.environ.get("VAEQ_FUZZ_START", "0"))
 MOST_SECONDS = 2.0
@@ -82,7 +82,7 @@ CODES = {
 
 
 def sound_codes(source: Path) -> None:
-    from vaeq.codes import read_codes
+    from vaeq.posterior.codes import read_codes
 
     codes = read_codes(source)
     assert torch.isfinite(codes.mean).all()
@@ -123,7 +123,7 @@ def codes_safetensors(folder: Path) -> Callable[[Random], object]:
 
 @reader(50, 5_000)
 def codes_named(folder: Path) -> Callable[[Random], object]:
-    from vaeq.codes import read_codes
+    from vaeq.posterior.codes import read_codes
 
     for name, array in CODES.items():
         np.save(folder / f"{name}.npy", array)
@@ -160,7 +160,7 @@ def altered_record(rng: Random, record: dict[str, Any]) -> bytes:
 @reader(150, 20_000)
 def record(folder: Path) -> Callable[[Random], object]:
     from vaeq.config import RunConfig
-    from vaeq.record import complete_record, read_record
+    from vaeq.runs.record import complete_record, read_record
 
     whole = {"seal": BLANK, **whole_record()}
 
@@ -273,10 +273,10 @@ def report_figures(folder: Path) -> Callable[[Random], object]:
 
 @reader(60, 6_000)
 def samples(folder: Path) -> Callable[[Random], object]:
-    from vaeq.record import SAMPLES
     from vaeq.report.figures import FigureError
     from vaeq.report.figures.sources import read_samples
     from vaeq.report.runs import read_runs
+    from vaeq.runs.record import SAMPLES
 
     directory = write_run(folder, 2, samples=40)
     whole = (directory / SAMPLES).read_bytes()
@@ -297,12 +297,12 @@ def samples(folder: Path) -> Callable[[Random], object]:
 
 @reader(60, 6_000)
 def pictures(folder: Path) -> Callable[[Random], object]:
-    from vaeq.record import PICTURES
     from vaeq.report.figures import FigureError
     from vaeq.report.figures.pictures import decoded_plane
     from vaeq.report.figures.pictures import samples as sheets
     from vaeq.report.runs import read_runs
     from vaeq.report.table import build_table
+    from vaeq.runs.record import PICTURES
 
     directory = write_run(folder, 2)
     levels = np.arange(4 * 5 * 5, dtype=np.uint8).reshape(4, 5, 5)
@@ -329,10 +329,10 @@ def pictures(folder: Path) -> Callable[[Random], object]:
 
 @reader(40, 6_000)
 def checkpoint(folder: Path) -> Callable[[Random], object]:
-    from vaeq.checkpoint import load_checkpoint, save_checkpoint
-    from vaeq.ensemble import Moments
-    from vaeq.record import CHECKPOINT
-    from vaeq.train import HISTORY_COLUMNS
+    from vaeq.runs.record import CHECKPOINT
+    from vaeq.training.checkpoint import load_checkpoint, save_checkpoint
+    from vaeq.training.ensemble import Moments
+    from vaeq.training.loop import HISTORY_COLUMNS
 
     state = fresh()
     weights = {name: torch.full_like(p, 0.5) for name, p in state.vae.named_parameters()}
@@ -368,7 +368,7 @@ def fresh() -> State:
 def classifier(folder: Path) -> Callable[[Random], object]:
     from safetensors.torch import save
 
-    from vaeq.classifier import _checksum, _Network, _read, _weights
+    from vaeq.generation.classifier import _checksum, _Network, _read, _weights
 
     tensors = _weights(_Network())
     metadata = {"identity": "me", "accuracy": "0.9", "checksum": _checksum(tensors, 0.9)}
@@ -385,7 +385,7 @@ def classifier(folder: Path) -> Callable[[Random], object]:
 
 @reader(100, 12_000)
 def mnist_gzip(folder: Path) -> Callable[[Random], object]:
-    from vaeq.idx import read_idx
+    from vaeq.files.idx import read_idx
 
     values = bytes(range(24))
     good = b"\0\0\x08\x03" + struct.pack(">3I", 2, 3, 4) + values

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from vaeq.config import DataConfig, GenerationConfig, RunConfig
 from vaeq.experiment import run
-from vaeq.record import CACHE, PICTURES, RunRecord, run_directory
+from vaeq.runs.record import CACHE, PICTURES, RunRecord, run_directory
 
 
 def finished(config: RunConfig) -> tuple[RunRecord, dict[str, float]]:

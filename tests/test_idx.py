@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.soak import times
-from vaeq import idx
-from vaeq.data import MNIST_FILES
+from vaeq.data.images import MNIST_FILES
 from vaeq.errors import InputError
-from vaeq.idx import read_idx
+from vaeq.files import idx
+from vaeq.files.idx import read_idx
 
 MNIST = Path(idx.__file__).parent / "mnist"
 

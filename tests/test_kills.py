@@ -30,10 +30,10 @@ from tests.sessions import (
     leftovers,
 )
 from tests.soak import SOAK, times
-from vaeq import pool
 from vaeq.config import RunConfig
 from vaeq.experiment import run
-from vaeq.record import run_directory
+from vaeq.launch import pool
+from vaeq.runs.record import run_directory
 
 SHORT = (*TINY, "epochs=8", "data.n_train=1500")
 N_SEEDS = times(2, 8)

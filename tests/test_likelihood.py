@@ -13,16 +13,16 @@ from scipy import integrate, stats
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from vaeq.elbo import gaussian_kl, reconstruction
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.likelihood import (
+from vaeq.generation.likelihood import (
     ais_check,
     ais_log_likelihood,
     bernoulli,
     log_likelihood,
     log_likelihood_together,
 )
+from vaeq.models.elbo import gaussian_kl, reconstruction
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -285,7 +285,7 @@ def test_memory_bounds_do_not_change_the_numbers(seed: int, tile: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         found = []
         for size in (1 << 20, tile):
-            patch.setattr("vaeq.likelihood._TILE", size)
+            patch.setattr("vaeq.generation.likelihood._TILE", size)
             found.append(
                 log_likelihood(
                     model.decode,

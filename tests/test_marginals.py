@@ -15,7 +15,7 @@ from scipy import integrate, optimize, special
 
 from vaeq.divergence import marginals as marginals_function
 from vaeq.divergence.marginals import _NODES, _TO_NODES, _WEIGHTS, _tabulate, marginals
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 Array = NDArray[np.float64]
 

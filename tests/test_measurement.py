@@ -13,9 +13,9 @@ import torch
 
 import vaeq as package
 from tests.conftest import Run
-from vaeq.codes import CodesWarning
 from vaeq.errors import InputError
 from vaeq.measurement import Measurement, estimate_names, measure
+from vaeq.posterior.codes import CodesWarning
 
 RNG = np.random.default_rng(1)
 N, M, D = 400, 150, 2

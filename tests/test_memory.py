@@ -15,10 +15,10 @@ from tests.conftest import Run
 from tests.soak import times
 from vaeq.config import RunConfig
 from vaeq.errors import InputError
+from vaeq.launch.pool import Pool
+from vaeq.launch.progress import Event
+from vaeq.launch.sweep import SweepResult
 from vaeq.memory import fitting, needed, require_memory, weights
-from vaeq.pool import Pool
-from vaeq.progress import Event
-from vaeq.sweep import SweepResult
 
 PEAK = """
 import sys
@@ -43,7 +43,7 @@ print(needed(config).total / (1024 * int(line.split()[1])))
 
 
 def test_the_parameters_are_counted_as_torch_counts_them() -> None:
-    from vaeq.model import VAE  # here alone: this module needs no torch
+    from vaeq.models.mlp import VAE  # here alone: this module needs no torch
 
     config = RunConfig(latent_dim=5, encoder_depth=3, encoder_width=31, decoder_depth=0)
     import torch
@@ -119,7 +119,7 @@ def test_a_sweep_takes_no_more_workers_than_fit(
 ) -> None:
     said = io.StringIO()
     pool = Pool(Console(file=said), n_jobs=8)
-    monkeypatch.setattr("vaeq.pool.available_memory", lambda: 3 * needed(tiny).total)
+    monkeypatch.setattr("vaeq.launch.pool.available_memory", lambda: 3 * needed(tiny).total)
     pool._limit([replace(tiny, model="ppca", seed=seed) for seed in range(8)])
     assert pool.n_jobs == 8
     pool._limit([replace(tiny, seed=seed) for seed in range(8)])

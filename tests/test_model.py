@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from vaeq.data import Images, mean_image
-from vaeq.elbo import gaussian_kl, reconstruction
-from vaeq.ensemble import encode_all
-from vaeq.model import VAE, mlp
+from vaeq.data.images import Images, mean_image
+from vaeq.models.elbo import gaussian_kl, reconstruction
+from vaeq.models.mlp import VAE, mlp
+from vaeq.training.ensemble import encode_all
 
 
 def build(**changes: object) -> VAE:

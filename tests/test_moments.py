@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vaeq.divergence.moments import gaussian_kl, moment_kl
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 F64 = torch.float64
 

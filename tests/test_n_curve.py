@@ -10,7 +10,7 @@ import torch
 
 from vaeq.divergence.decomposition import marginal_kl
 from vaeq.divergence.n_curve import n_curve
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 
 def test_equal_posteriors_give_a_flat_curve_at_the_closed_form() -> None:

@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 from tests.conftest import TINY, Run
 from vaeq.config import RunConfig, run_name
-from vaeq.pool import Pool, available_cores
-from vaeq.progress import Event
-from vaeq.record import read_record, run_directory
-from vaeq.sweep import SweepResult, ensembles, record_death, run_sweep, work
+from vaeq.launch.pool import Pool, available_cores
+from vaeq.launch.progress import Event
+from vaeq.launch.sweep import SweepResult, ensembles, record_death, run_sweep, work
+from vaeq.runs.record import read_record, run_directory
 
 
 def records(folder: Path) -> dict[str, dict[str, object]]:

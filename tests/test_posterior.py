@@ -12,7 +12,7 @@ from scipy import stats
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from vaeq.errors import InputError
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 F64 = torch.float64
 
@@ -161,8 +161,8 @@ def test_moments_are_those_of_a_large_sample() -> None:
 def test_moments_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     posterior = codes(101, 3)
     whole = posterior.moments()
-    for module in ("vaeq.posterior", "vaeq.log_density"):  # the last chunk has one row
-        monkeypatch.setattr(f"{module}.chunk_rows", lambda dims: 10)
+    for module in ("aggregated", "log_density"):  # the last chunk has one row
+        monkeypatch.setattr(f"vaeq.posterior.{module}.chunk_rows", lambda dims: 10)
     for found, expected in zip(posterior.moments(), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 import vaeq
-from vaeq.data import Images
-from vaeq.elbo import gaussian_kl
+from vaeq.data.images import Images
 from vaeq.errors import InputError
-from vaeq.likelihood import log_likelihood
-from vaeq.posterior import AggregatedPosterior
-from vaeq.ppca import PPCA, fit_ppca
+from vaeq.generation.likelihood import log_likelihood
+from vaeq.models.elbo import gaussian_kl
+from vaeq.models.ppca import PPCA, fit_ppca
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 
 def generator(seed: int = 0) -> torch.Generator:

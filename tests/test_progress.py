@@ -8,8 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from vaeq import progress
-from vaeq.progress import Bars, Event, Lines, clock, display, short_labels
+from vaeq.launch import progress
+from vaeq.launch.progress import Bars, Event, Lines, clock, display, short_labels
 
 NAMES = [f"latent_dim={d},encoder_depth=2,seed=0-{d:08x}" for d in (2, 8)]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

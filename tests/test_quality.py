@@ -15,7 +15,7 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 from vaeq.errors import InputError
-from vaeq.quality import (
+from vaeq.generation.quality import (
     MEASURES,
     Manifold,
     class_frequencies,
@@ -93,7 +93,7 @@ def test_precision_and_recall_of_sets_that_contain_each_other_or_do_not_touch() 
 def test_chunks_do_not_change_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = normal(50, 2), normal(60, 2, seed=1)
     whole = precision_recall(Manifold(real, 3), Manifold(fake, 3))
-    monkeypatch.setattr("vaeq.quality._TILE", 200)
+    monkeypatch.setattr("vaeq.generation.quality._TILE", 200)
     assert precision_recall(Manifold(real, 3), Manifold(fake, 3)) == whole
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from vaeq.checksum import BLANK, sealed
 from vaeq.config import RunConfig, config_hash
 from vaeq.errors import InputError
-from vaeq.record import (
+from vaeq.files.checksum import BLANK, sealed
+from vaeq.runs.record import (
     RECORD,
     RunRecord,
     complete_record,

@@ -22,12 +22,12 @@ from tests.report_fixtures import (
     write_run,
     write_status,
 )
-from vaeq.checksum import BLANK, sealed
 from vaeq.config import SCHEMA_VERSION
 from vaeq.errors import InputError
-from vaeq.record import read_record
+from vaeq.files.checksum import BLANK, sealed
 from vaeq.report.folders import newest_experiment
 from vaeq.report.runs import read_runs
+from vaeq.runs.record import read_record
 
 
 def good_record() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from scipy import integrate, stats
 
 from vaeq.divergence.reverse import reverse_marginal_kl
 from vaeq.errors import InputError
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 
 def posterior(mean: object, std: object) -> AggregatedPosterior:

@@ -14,8 +14,8 @@ from tests.conftest import Run
 from vaeq.config import RunConfig, SampleConfig
 from vaeq.errors import InputError, TrainingDiverged
 from vaeq.experiment import run
-from vaeq.record import run_directory
-from vaeq.sample import load_decoder, sample
+from vaeq.generation.sample import load_decoder, sample
+from vaeq.runs.record import run_directory
 
 
 @pytest.fixture

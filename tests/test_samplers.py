@@ -15,8 +15,7 @@ from torch import Tensor
 from vaeq.divergence.densities import Chart, Charted, Gaussian, GaussianMixture
 from vaeq.divergence.ex_post import fit_ex_post
 from vaeq.errors import InputError
-from vaeq.posterior import AggregatedPosterior
-from vaeq.samplers import (
+from vaeq.generation.samplers import (
     SOURCES,
     as_uint8,
     decode_means,
@@ -25,6 +24,7 @@ from vaeq.samplers import (
     samplers,
     spherical,
 )
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY, Run
-from vaeq.checksum import BLANK, sealed
 from vaeq.config import SCHEMA_VERSION, RunConfig, SampleConfig
 from vaeq.errors import InputError
 from vaeq.experiment import run
-from vaeq.progress import Event
-from vaeq.record import RECORD, complete_record, inspect_run, read_record, run_directory
-from vaeq.sample import sample
-from vaeq.schema import SchemaError
+from vaeq.files.checksum import BLANK, sealed
+from vaeq.generation.sample import sample
+from vaeq.launch.progress import Event
+from vaeq.runs.record import RECORD, complete_record, inspect_run, read_record, run_directory
+from vaeq.runs.schema import SchemaError
 
 OTHERS = (1, 2, 99)
 

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 
 from tests.conftest import Run
 from tests.soak import times
-from vaeq.codes import CodesWarning, measure_file
 from vaeq.divergence import marginals, moment_kl
 from vaeq.divergence.decomposition import kl_per_image, marginal_kl
 from vaeq.divergence.marginals import _mixed, _tabulate
 from vaeq.divergence.reverse import reverse_marginal_kl
 from vaeq.divergence.uniform import uniform_view
 from vaeq.errors import InputError, VaeqError
-from vaeq.npy import NpyRows
-from vaeq.posterior import AggregatedPosterior
-from vaeq.shards import CodeFiles, ShardedPosterior, shards_needed
+from vaeq.files.npy import NpyRows
+from vaeq.posterior.aggregated import AggregatedPosterior
+from vaeq.posterior.codes import CodesWarning, measure_file
+from vaeq.posterior.shards import CodeFiles, ShardedPosterior, shards_needed
 
 N, DIMS = 1_203, 3  # not a multiple of the shards
 
@@ -142,7 +142,7 @@ def test_subsets_are_of_the_images_that_were_named(
     assert not isinstance(few, ShardedPosterior)
     assert torch.equal(few.mean, whole.mean[order[:50]])
     # More than may be gathered are shards again, and so are theirs.
-    monkeypatch.setattr("vaeq.shards._GATHERED", 100)
+    monkeypatch.setattr("vaeq.posterior.shards._GATHERED", 100)
     many = sharded.subset(order[:900])
     assert isinstance(many, ShardedPosterior)
     again = many.subset(torch.arange(900) % 3 > 0)
@@ -269,7 +269,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path: Path) -> None:
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\n"
-        "from vaeq.shards import in_shards\n"
+        "from vaeq.posterior.shards import in_shards\n"
         "if __name__ == '__main__':\n"
         "    posterior = in_shards(sys.argv[1], 2)\n"
         "    print(*posterior.over_parts(pid), flush=True)\n"

@@ -21,8 +21,8 @@ from vaeq.compose import search_space
 from vaeq.config import RunConfig, SweepConfig, config_hash
 from vaeq.errors import InputError, RunsFailed, VaeqError
 from vaeq.experiment import estimates_of, run
-from vaeq.record import RunRecord, complete_record, run_directory, write_record
-from vaeq.study import Axis, Point, search
+from vaeq.launch.study import Axis, Point, search
+from vaeq.runs.record import RunRecord, complete_record, run_directory, write_record
 
 optuna = pytest.importorskip("optuna")
 

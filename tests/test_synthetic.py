@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
+from vaeq.data.synthetic import draw_images, true_model
 from vaeq.experiment import run
-from vaeq.synthetic import draw_images, true_model
 
 
 @pytest.mark.parametrize("signal", [4.0, 100.0])

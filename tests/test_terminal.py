@@ -22,7 +22,7 @@ from rich.console import Console
 from tests.conftest import TINY
 from tests.report_fixtures import default_sweep
 from tests.soak import times
-from vaeq.progress import Bars, Event, Lines, display
+from vaeq.launch.progress import Bars, Event, Lines, display
 
 # Columns and rows; a terminal that does not know its size says 0 x 0.
 SIZES = [(20, 10), (80, 24), (300, 100), (0, 0)]

@@ -29,10 +29,10 @@ from vaeq import trackers
 from vaeq.config import RunConfig, config_hash
 from vaeq.errors import InputError
 from vaeq.experiment import run, run_ensemble
-from vaeq.pool import Pool
-from vaeq.progress import Event
-from vaeq.record import RunRecord, read_record, run_directory
-from vaeq.sweep import SweepResult
+from vaeq.launch.pool import Pool
+from vaeq.launch.progress import Event
+from vaeq.launch.sweep import SweepResult
+from vaeq.runs.record import RunRecord, read_record, run_directory
 
 LOGGERS = [
     pytest.param(

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from vaeq.data import Images
+from vaeq.data.images import Images
 from vaeq.divergence import marginal_kl, moment_kl
-from vaeq.elbo import gaussian_kl, reconstruction
-from vaeq.ensemble import Ensemble, encode_all
 from vaeq.errors import TrainingDiverged
-from vaeq.model import VAE
-from vaeq.posterior import AggregatedPosterior
+from vaeq.models.elbo import gaussian_kl, reconstruction
+from vaeq.models.mlp import VAE
+from vaeq.posterior.aggregated import AggregatedPosterior
 from vaeq.seeds import derive_seed
-from vaeq.train import (
+from vaeq.training.ensemble import Ensemble, encode_all
+from vaeq.training.loop import (
     HISTORY_COLUMNS,
     Recipe,
     State,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vaeq.divergence.two_sample import c2st_auc, energy_distance, mmd, sliced_w2, two_sample
 from vaeq.errors import InputError
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 NAMES = ("sliced_w2", "mmd", "energy_distance", "c2st_auc")
 

@@ -26,11 +26,11 @@ from tests.soak import SOAK, times
 from vaeq.config import RunConfig, config_hash, run_name
 from vaeq.errors import DiskError, Taken
 from vaeq.experiment import run, run_ensemble
-from vaeq.lock import RunLock
-from vaeq.pool import Pool
-from vaeq.progress import Event
-from vaeq.record import RunRecord, complete_record, read_record, run_directory, write_record
-from vaeq.sweep import SweepResult, record_death
+from vaeq.launch.pool import Pool
+from vaeq.launch.progress import Event
+from vaeq.launch.sweep import SweepResult, record_death
+from vaeq.runs.lock import RunLock
+from vaeq.runs.record import RunRecord, complete_record, read_record, run_directory, write_record
 
 SWEEP = ("sweep", *TINY, "epochs=6", "data.n_train=1500", "latent_dim=2,3", "seed=0,1,2")
 
@@ -46,7 +46,7 @@ class Holder:
     def __init__(self, config: RunConfig) -> None:
         words = (
             "import sys, pathlib\n"
-            "from vaeq.lock import RunLock\n"
+            "from vaeq.runs.lock import RunLock\n"
             f"with RunLock(pathlib.Path({str(run_directory(config))!r})):\n"
             "    print('held', flush=True)\n"
             "    sys.stdin.read()\n"
@@ -93,7 +93,7 @@ def test_a_lock_of_a_dead_process_is_taken_over_where_there_is_no_flock(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, holders: list[Holder]
 ) -> None:
     # What filelock leaves where a process dies that had the file alone for a lock.
-    monkeypatch.setattr("vaeq.record.FileLock", SoftFileLock)
+    monkeypatch.setattr("vaeq.runs.record.FileLock", SoftFileLock)
     directory = run_directory(config)
     directory.mkdir(parents=True)
     words = (

@@ -12,7 +12,7 @@ from scipy import stats
 from vaeq.divergence import marginals
 from vaeq.divergence.uniform import uniform_view
 from vaeq.errors import InputError
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 
 def random_posterior(n: int, dims: int, seed: int) -> AggregatedPosterior:

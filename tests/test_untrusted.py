@@ -31,23 +31,23 @@ from safetensors.numpy import save_file
 import vaeq
 from tests.mutation import SCRIPT, Raw, json_text, resealed, safetensors_bytes
 from tests.report_fixtures import list_files, write_json, write_run, write_status
-from vaeq.checksum import BLANK
 from vaeq.cli import main
-from vaeq.codes import read_codes
 from vaeq.compose import check_overrides
 from vaeq.config import RunConfig, run_config
-from vaeq.datasets import read_image_set
+from vaeq.data.datasets import read_image_set
 from vaeq.errors import InputError
 from vaeq.experiment import run
-from vaeq.record import CHECKPOINT, PICTURES, SAMPLES, lock, require_inside, run_directory
+from vaeq.files.checksum import BLANK
+from vaeq.generation.sample import load_decoder
+from vaeq.launch.sweep import require_folders
+from vaeq.posterior.codes import read_codes
 from vaeq.report import figures, write_report
 from vaeq.report.figures import DRAWINGS, FigureError, draw
 from vaeq.report.figures.pictures import decoded_plane
 from vaeq.report.figures.sources import read_pictures, read_samples
 from vaeq.report.runs import read_runs
 from vaeq.report.table import build_table
-from vaeq.sample import load_decoder
-from vaeq.sweep import require_folders
+from vaeq.runs.record import CHECKPOINT, PICTURES, SAMPLES, lock, require_inside, run_directory
 
 PACKAGE = Path(vaeq.__file__).parent
 # What loads code with data, or runs text. Each by the name it is imported or called by.
@@ -159,7 +159,10 @@ LIMITED = """
 import json, resource, sys
 import numpy, torch, safetensors, zipfile, gzip  # what it takes to read anything
 from pathlib import Path
-from vaeq import codes, datasets, idx, record
+from vaeq.posterior.aggregated import codes
+from vaeq.data.images import datasets
+from vaeq.files import idx
+from vaeq.runs import record
 from vaeq.errors import InputError
 from vaeq.report.runs import read_runs
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -691,6 +694,6 @@ def test_sampling_from_anybodys_run_neither_fetches_nor_builds_what_it_asks_for(
 
 
 def mnist_md5() -> str:
-    from vaeq.data import load_images
+    from vaeq.data.images import load_images
 
     return load_images(n_train=1, n_test=1).md5

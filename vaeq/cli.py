@@ -247,9 +247,9 @@ def _train(cfg: DictConfig) -> None:
 
     from vaeq.compose import typed
     from vaeq.config import RunConfig, identified, run_name
-    from vaeq.pool import available_cores
-    from vaeq.progress import Event, display
-    from vaeq.record import complete_record, run_directory
+    from vaeq.launch.pool import available_cores
+    from vaeq.launch.progress import Event, display
+    from vaeq.runs.record import complete_record, run_directory
 
     (config,) = identified([typed(cfg, RunConfig)])
     console = Console()
@@ -275,7 +275,7 @@ def _sweep_job(cfg: DictConfig) -> None:
     from vaeq.compose import typed
     from vaeq.config import SweepConfig
     from vaeq.experiment import run
-    from vaeq.progress import Event
+    from vaeq.launch.progress import Event
 
     def notify(event: Event) -> None:
         if event.kind == "note":
@@ -315,13 +315,13 @@ def _measure(cfg: DictConfig) -> None:
 
     from vaeq.compose import typed
     from vaeq.config import CodesConfig
-    from vaeq.pool import available_cores
+    from vaeq.launch.pool import available_cores
 
     config = typed(cfg, CodesConfig)
     assert config.codes is not None
     import torch
 
-    from vaeq.codes import CodesWarning, measure_file
+    from vaeq.posterior.codes import CodesWarning, measure_file
 
     torch.set_num_threads(config.threads or available_cores())
     with warnings.catch_warnings(record=True) as caught:
@@ -347,7 +347,7 @@ def _sample(cfg: DictConfig) -> None:
     from vaeq.config import SampleConfig
 
     config = typed(cfg, SampleConfig)
-    from vaeq.sample import sample
+    from vaeq.generation.sample import sample
 
     for path in sample(config):
         print(f"written to {path}")  # noqa: T201

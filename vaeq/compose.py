@@ -36,7 +36,7 @@ from vaeq.config import (
     out_of_range,
 )
 from vaeq.errors import InputError, one_line
-from vaeq.study import Axis
+from vaeq.launch.study import Axis
 
 SCHEMAS: dict[str, type] = {
     "train": RunConfig,

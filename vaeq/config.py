@@ -559,7 +559,7 @@ def identified(configs: Sequence[RunConfig]) -> list[RunConfig]:
     for data in {config.data for config in configs}:
         found[data] = data
         if data.name in (*NAMED, *OWN) and data.md5 is None:
-            from vaeq.datasets import read_image_set
+            from vaeq.data.datasets import read_image_set
 
             images = read_image_set(
                 data.name,

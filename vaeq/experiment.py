@@ -19,28 +19,27 @@ import torch
 from safetensors.torch import save
 
 from vaeq import __version__
-from vaeq.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from vaeq.checksum import DamagedFile
-from vaeq.codes import CodesWarning
 from vaeq.config import DataConfig, RunConfig, config_hash, identified, run_name
-from vaeq.conv import ConvVAE, require_depth
-from vaeq.data import Images, load_images, mean_image
+from vaeq.data.images import Images, load_images, mean_image
 from vaeq.divergence.ex_post import ExPost
-from vaeq.elbo import held_out_elbo
-from vaeq.ensemble import Ensemble, Moments, encode_all
 from vaeq.errors import DiskError, NeverTrained, Taken, VaeqError
 from vaeq.estimate import Estimate
-from vaeq.generation import ANNEALED, LIKELIHOOD, Decoder, likelihoods
+from vaeq.files.checksum import DamagedFile
+from vaeq.generation.panel import ANNEALED, LIKELIHOOD, Decoder, likelihoods
+from vaeq.generation.quality import FLOOR, missing_quality
+from vaeq.generation.samplers import SOURCES
 from vaeq.hardware import free_memory, resolve_device, resolve_precision
 from vaeq.interrupts import held_back
-from vaeq.lock import RunLock
+from vaeq.launch.progress import Event
 from vaeq.measurement import estimate_names, measure
 from vaeq.memory import needed, require_memory
-from vaeq.model import VAE
-from vaeq.ppca import fit_ppca
-from vaeq.progress import Event
-from vaeq.quality import FLOOR, missing_quality
-from vaeq.record import (
+from vaeq.models.conv import ConvVAE, require_depth
+from vaeq.models.elbo import held_out_elbo
+from vaeq.models.mlp import VAE
+from vaeq.models.ppca import fit_ppca
+from vaeq.posterior.codes import CodesWarning
+from vaeq.runs.lock import RunLock
+from vaeq.runs.record import (
     CACHE,
     CHECKPOINT,
     CONFIG,
@@ -62,10 +61,11 @@ from vaeq.record import (
     write_record,
     write_status,
 )
-from vaeq.samplers import SOURCES
 from vaeq.seeds import derive_seed
 from vaeq.trackers import Log, require
-from vaeq.train import Recipe, State, fit_together
+from vaeq.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from vaeq.training.ensemble import Ensemble, Moments, encode_all
+from vaeq.training.loop import Recipe, State, fit_together
 
 Notify = Callable[[Event], None]
 Codes = tuple[torch.Tensor, torch.Tensor]  # mean and logvar, (N, D) each
@@ -223,7 +223,7 @@ def run_ensemble(
 
     Args:
         configs: of one network but for latent_dim, and one data, batch_size, epochs, warm-up of
-            the learning rate, schedule, precision and device; see ``vaeq.sweep.ensembles``.
+            the learning rate, schedule, precision and device; see ``vaeq.launch.sweep.ensembles``.
 
     Returns:
         The record of each, or why it has none: Taken where another process is at it.

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vaeq.codes import Codes, as_codes, warn_of
 from vaeq.divergence import decompose, marginals
 from vaeq.divergence.bracket import population_bracket
 from vaeq.divergence.classes import class_kl
@@ -19,7 +18,8 @@ from vaeq.divergence.two_sample import N_DIRECTIONS, N_SAMPLES, REPEATS, two_sam
 from vaeq.divergence.uniform import uniform_view
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
+from vaeq.posterior.codes import Codes, as_codes, warn_of
 from vaeq.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ def measure_posterior(
     """As :func:`measure`, for an aggregated posterior that need not be in memory.
 
     Args:
-        posterior: of the training images; a :class:`vaeq.shards.ShardedPosterior`, for example.
+        posterior: of the training images, perhaps a
+            :class:`vaeq.posterior.shards.ShardedPosterior`.
         codes: its held-out codes, its labels and what is suspicious about them.
     """
     if panel not in PANELS:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from vaeq.config import RunConfig, config_hash, run_name
 from vaeq.errors import InputError
-from vaeq.record import require_inside, run_directory
+from vaeq.runs.record import require_inside, run_directory
 
 Picture = npt.NDArray[np.uint8]  # (height, width, 3)
 # Beside the experiments: what trackers keep for all runs together.

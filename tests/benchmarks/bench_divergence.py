@@ -28,7 +28,7 @@ from vaeq.divergence.reverse import reverse_marginal_kl
 from vaeq.divergence.two_sample import REPEATS as REPEATS_OF_PAIRS
 from vaeq.divergence.two_sample import two_sample
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 DRAWS, IMAGES = 10_000, 60_000
 DIMS = (2, 8, 32, 128)

@@ -19,9 +19,9 @@ from rich.console import Console
 from tests.benchmarks.harness import REPEATS, Rows, main, say, summary, three
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
 from vaeq.experiment import run
-from vaeq.pool import Pool
-from vaeq.progress import Event
-from vaeq.sweep import SweepResult, run_sweep
+from vaeq.launch.pool import Pool
+from vaeq.launch.progress import Event
+from vaeq.launch.sweep import SweepResult, run_sweep
 
 RUNS, IN_TURN = 2_000, 60
 

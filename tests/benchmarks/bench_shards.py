@@ -47,7 +47,7 @@ def write_codes(folder: Path, n: int) -> None:
 def mapped() -> int:
     """Private memory that a process has mapped once torch and vaeq are loaded, in bytes."""
     code = (
-        "import torch, vaeq.shards, vaeq.measurement\ntorch.ones(9).sum()\n"
+        "import torch, vaeq.posterior.shards, vaeq.measurement\ntorch.ones(9).sum()\n"
         "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmData')))"
     )
     done = subprocess.run(

@@ -23,17 +23,17 @@ from rich.console import Console
 from tests.benchmarks import textbook
 from tests.benchmarks.harness import REPEATS, main, say, summary, three
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
-from vaeq.data import load_images
+from vaeq.data.images import load_images
 from vaeq.divergence import marginal_kl
 from vaeq.divergence.marginals import marginals
-from vaeq.ensemble import Ensemble, encode_all
 from vaeq.errors import VaeqError
 from vaeq.experiment import build, recipe
 from vaeq.hardware import resolve_device, resolve_precision
-from vaeq.pool import Pool, available_cores
-from vaeq.posterior import AggregatedPosterior
-from vaeq.sweep import SweepResult
-from vaeq.train import State, fit, fit_together, train_epoch
+from vaeq.launch.pool import Pool, available_cores
+from vaeq.launch.sweep import SweepResult
+from vaeq.posterior.aggregated import AggregatedPosterior
+from vaeq.training.ensemble import Ensemble, encode_all
+from vaeq.training.loop import State, fit, fit_together, train_epoch
 
 # A quarter of MNIST, where every loop takes long enough to be timed.
 SOME_IMAGES = 15_000
@@ -250,7 +250,7 @@ def bench_startup() -> list[dict[str, Any]]:
     """What a person waits for before anything happens."""
     first_step = (
         "from vaeq.config import RunConfig; from vaeq.experiment import prepare, build, recipe\n"
-        "from vaeq.ensemble import Ensemble; from vaeq.train import train_epoch\n"
+        "from vaeq.training.ensemble import Ensemble; from vaeq.training.loop import train_epoch\n"
         "c = RunConfig(); precision, images = prepare(c); s = build(c, images)\n"
         "e = Ensemble([s.vae], [s.moments], [1e-3], precision)\n"
         "class Stop(Exception): pass\n"

@@ -17,7 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 
-from vaeq.pool import available_cores
+from vaeq.launch.pool import available_cores
 
 REPEATS = 5
 FOLDER = Path("outputs/bench")

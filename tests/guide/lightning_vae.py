@@ -7,7 +7,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import vaeq
-from vaeq.data import load_images
+from vaeq.data.images import load_images
 
 
 class VAE(lightning.LightningModule):

@@ -8,7 +8,7 @@ from pythae.pipelines import TrainingPipeline
 from pythae.trainers import BaseTrainerConfig
 
 import vaeq
-from vaeq.data import load_images
+from vaeq.data.images import load_images
 
 images = load_images(n_train=2000, n_test=500)
 train_data = images.train.view(-1, 1, 28, 28).float() / 255

@@ -30,7 +30,7 @@ from vaeq.divergence.densities import (
 )
 from vaeq.divergence.flow import FLOW_DIMS, fit_flow, flow_missing
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 _LOG_2PI = math.log(2 * math.pi)
 # Images kept out of every fit: they weigh the candidates, and choose the upper bound.

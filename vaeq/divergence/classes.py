@@ -10,7 +10,7 @@ import torch
 from vaeq.divergence.decomposition import kl_per_image, marginal_kl
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 # More labels than this are a number to predict and not classes.
 MOST_CLASSES = 1_000

@@ -15,7 +15,7 @@ from vaeq.divergence.marginals import marginals
 from vaeq.divergence.moments import moment_kl
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 _LOG_2PI = math.log(2 * math.pi)
 # Below this many draws five slopes cost more than they gain.

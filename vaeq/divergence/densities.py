@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from vaeq.errors import InputError
-from vaeq.log_density import MixtureLogDensity
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
+from vaeq.posterior.log_density import MixtureLogDensity
 
 _LOG_2PI = math.log(2 * math.pi)
 # A covariance of D(D+1)/2 numbers a component pays up to here; beyond, components are diagonal.

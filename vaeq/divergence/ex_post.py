@@ -17,7 +17,7 @@ from vaeq.divergence.densities import (
     draw,
     fit_gaussian_mixture,
 )
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 # Tried beside the moment-matched Gaussian, as long as a component has its images.
 COMPONENTS = (10, 30, 100, 300)

@@ -20,7 +20,7 @@ from numpy.polynomial import legendre
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]

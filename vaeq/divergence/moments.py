@@ -7,7 +7,7 @@ import math
 import torch
 
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 
 def gaussian_kl(mean: torch.Tensor, covariance: torch.Tensor) -> float:

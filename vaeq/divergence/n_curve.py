@@ -9,7 +9,7 @@ import torch
 
 from vaeq.divergence.decomposition import kl_per_image, marginal_kl
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 _SMALLEST = 1_000
 # Larger subsets than this would double the memory that the codes take.

@@ -9,7 +9,7 @@ import torch
 from vaeq.divergence.decomposition import intercept, rounding
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 _LOG_2PI = math.log(2 * math.pi)
 # Precisions of at most e^40 in the extra coordinates of the squared mixture, for float32.

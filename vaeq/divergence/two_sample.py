@@ -13,7 +13,7 @@ from scipy import special
 
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 N_SAMPLES = 2_000
 REPEATS = 20

@@ -9,7 +9,7 @@ import torch
 from scipy.special import ndtri
 
 from vaeq.errors import InputError
-from vaeq.posterior import AggregatedPosterior
+from vaeq.posterior.aggregated import AggregatedPosterior
 
 _CHUNK = 1 << 20
 

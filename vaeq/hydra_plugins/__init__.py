@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vaeq.config import RunConfig
-    from vaeq.sweep import SweepResult
+    from vaeq.launch.sweep import SweepResult
 
 
 class GridSweeper(BasicSweeper):
@@ -75,7 +75,7 @@ class OptunaSweeper(Sweeper):
         from rich.console import Console
 
         from vaeq.compose import run_configs, search_space, sweep_config
-        from vaeq.study import search
+        from vaeq.launch.study import search
 
         context, config, launcher = self.hydra_context, self.config, self.launcher
         assert context is not None
@@ -112,7 +112,7 @@ class SweepLauncher(Launcher):
         from rich.console import Console
 
         from vaeq.compose import run_configs
-        from vaeq.sweep import run_sweep
+        from vaeq.launch.sweep import run_sweep
 
         configs = run_configs(self.hydra_context.config_loader, self.config, job_overrides)
         console = Console()
@@ -129,7 +129,7 @@ class PoolLauncher(SweepLauncher):
     """One single-threaded process a run, as many at a time as there are cores."""
 
     def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
-        from vaeq.pool import Pool, available_cores
+        from vaeq.launch.pool import Pool, available_cores
 
         # A run that was given more threads takes the place of as many workers.
         threads = max(config.threads or 1 for config in todo)
@@ -151,10 +151,10 @@ class EnsembleLauncher(SweepLauncher):
         from vaeq.config import run_name
         from vaeq.errors import Taken
         from vaeq.experiment import prepare, run_ensemble
+        from vaeq.launch.pool import available_cores
+        from vaeq.launch.progress import Event, display
+        from vaeq.launch.sweep import ensembles, require_folders
         from vaeq.memory import needed
-        from vaeq.pool import available_cores
-        from vaeq.progress import Event, display
-        from vaeq.sweep import ensembles, require_folders
 
         groups = ensembles(todo, self.members)
         for group in groups:
@@ -185,28 +185,28 @@ class EnsembleLauncher(SweepLauncher):
 
 
 class SlurmLauncher(SweepLauncher):
-    """One Slurm job a run, in an array; ``vaeq.slurm.SlurmSettings`` are its arguments."""
+    """One Slurm job a run, in an array; ``vaeq.launch.slurm.SlurmSettings`` are its arguments."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
-        from vaeq.cluster import settings
-        from vaeq.slurm import SlurmSettings, run_on_slurm
+        from vaeq.launch.cluster import settings
+        from vaeq.launch.slurm import SlurmSettings, run_on_slurm
 
         asked = settings(SlurmSettings, self.settings)
         run_on_slurm(todo, result, console, asked, self.config.n_jobs)
 
 
 class RayLauncher(SweepLauncher):
-    """One Ray task a run; ``vaeq.ray_cluster.RaySettings`` are its arguments."""
+    """One Ray task a run; ``vaeq.launch.ray_cluster.RaySettings`` are its arguments."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
-        from vaeq.cluster import settings
-        from vaeq.ray_cluster import RaySettings, run_on_ray
+        from vaeq.launch.cluster import settings
+        from vaeq.launch.ray_cluster import RaySettings, run_on_ray
 
         asked = settings(RaySettings, self.settings)
         run_on_ray(todo, result, console, asked, self.config.n_jobs)

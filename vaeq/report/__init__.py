@@ -95,12 +95,12 @@ def _write_files(
 
     Everything is made before anything is written, so that an error leaves the folder as it was.
     """
-    from vaeq.record import write_atomic
     from vaeq.report.figures import DRAWINGS, draw
     from vaeq.report.figures.rendering import render
     from vaeq.report.html import page
     from vaeq.report.latex import table_latex
     from vaeq.report.markdown import differences_markdown, table_markdown, verdict_markdown
+    from vaeq.runs.record import write_atomic
 
     drawings, left_out = draw(table)
     rendered = render(drawings)

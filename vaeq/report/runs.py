@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vaeq.checksum import DamagedFile, check_seal
 from vaeq.config import SweepConfig
 from vaeq.errors import InputError, one_line
 from vaeq.estimate import Estimate
-from vaeq.foreign import read_bounded
-from vaeq.record import RECORD, STATUS, RunRecord, read_record
+from vaeq.files.checksum import DamagedFile, check_seal
+from vaeq.files.foreign import read_bounded
 from vaeq.report.folders import MAKE_SOME, SEARCH_DEPTH, find_runs
-from vaeq.schema import SchemaError
+from vaeq.runs.record import RECORD, STATUS, RunRecord, read_record
+from vaeq.runs.schema import SchemaError
 
 Scalar = str | int | float | bool | None
 # A status is a few lines, with the traceback of a failure at most.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from vaeq.checksum import DamagedFile
+from vaeq.files.checksum import DamagedFile
 from vaeq.report.figures import brackets, codes, curves, heat_map, null_bands, pictures
 from vaeq.report.figures.divergence import divergence
 from vaeq.report.figures.drawing import Drawing, FigureError, Panel, files, svg

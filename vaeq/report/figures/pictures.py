@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vaeq.record import PICTURES
 from vaeq.report.figures.drawing import Drawing, FigureError, Panel, Picture
 from vaeq.report.figures.sources import (
     by_dimension,
@@ -14,6 +13,7 @@ from vaeq.report.figures.sources import (
 )
 from vaeq.report.runs import Run
 from vaeq.report.table import Table
+from vaeq.runs.record import PICTURES
 
 SOURCES = {
     "prior": "N(0, I), the prior",

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vaeq.checksum import DamagedFile
 from vaeq.errors import one_line
-from vaeq.foreign import require_regular
-from vaeq.record import PICTURES, SAMPLES, read_listed
+from vaeq.files.checksum import DamagedFile
+from vaeq.files.foreign import require_regular
 from vaeq.report.figures.drawing import FigureError, Picture
 from vaeq.report.runs import Run
 from vaeq.report.table import Table
-from vaeq.schema import is_number
+from vaeq.runs.record import PICTURES, SAMPLES, read_listed
+from vaeq.runs.schema import is_number
 
 Array = npt.NDArray[np.float32]
 

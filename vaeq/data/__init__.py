@@ -1,0 +1,1 @@
+"""Images, packaged, downloaded, anybody's or drawn from a model: bytes on the device."""

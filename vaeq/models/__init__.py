@@ -1,0 +1,1 @@
+"""The variational autoencoders and the bound that they are fitted by."""

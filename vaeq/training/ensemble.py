@@ -1,0 +1,416 @@
+"""Many VAEs of one architecture as one program: stacked weights, batched products, one Adam.
+
+A network of this size is bound by overhead, not by arithmetic: autograd's bookkeeping, a cast of
+every weight at every call, one launch an operation. Here the gradient of the ELBO is written out by
+hand over E members at once, so that a step is a few dozen operations whatever E is; one run is an
+ensemble of one. Members share shape and batch size; seeds, β and learning rates are their own.
+
+Latent dimensions may differ: a member of fewer is padded with weights and noise of 0. The code of a
+padded dimension is then 0 and its KL 0, so that every gradient into it is exactly 0 and Adam leaves
+it there: padding changes no number of the member.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from vaeq.models.conv import ConvVAE
+from vaeq.models.elbo import gaussian_kl
+from vaeq.models.mlp import ACTIVATIONS, VAE
+
+# What a product is computed in. Weights, moments, sums and every measure are float32 or better.
+PRECISIONS = ("fp32", "tf32", "bf16")
+_aten = torch.ops.aten
+# f'(a) g from the gradient g, the input a and the output h = f(a): what autograd calls as well.
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "relu": lambda g, a, h: _aten.threshold_backward(g, h, 0),
+    "leaky_relu": lambda g, a, h: _aten.leaky_relu_backward(g, a, 0.01, False),
+    "elu": lambda g, a, h: _aten.elu_backward(g, 1.0, 1.0, 1.0, True, h),
+    "gelu": lambda g, a, h: _aten.gelu_backward(g, a),
+    "silu": lambda g, a, h: _aten.silu_backward(g, a),
+    "softplus": lambda g, a, h: _aten.softplus_backward(g, a, 1.0, 20.0),
+    "tanh": lambda g, a, h: _aten.tanh_backward(g, h),
+}
+
+
+@dataclass
+class Moments:
+    """Adam's state of one model: steps done, and both moments by parameter name."""
+
+    step: int = 0
+    exp_avg: dict[str, Tensor] = field(default_factory=dict)
+    exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """One stacked layer, h (E, B, in) → (E, B, out), and where its gradient goes."""
+
+    weight: Tensor  # (E, out, in)
+    bias: Tensor  # (E, 1, out)
+    weight_grad: Tensor  # (E, out, in) float32
+    bias_grad: Tensor  # (E, 1, out) float32
+
+
+@dataclass
+class _Stretch:
+    """Adam (Kingma and Ba 2015) on members side by side, all views of the ensemble's stacks.
+
+    Torch's functional form: its Optimizer class imports the compiler, 0.8 s, and keeps books.
+    """
+
+    rows: slice
+    weights: Tensor
+    grads: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps_done: Tensor  # float32, no dimensions
+    base_rate: float
+    rate: float | Tensor
+
+    def step(self) -> None:
+        adam(
+            [self.weights],
+            [self.grads],
+            [self.exp_avg],
+            [self.exp_avg_sq],
+            [],
+            [self.steps_done],
+            fused=True,
+            capturable=isinstance(self.rate, Tensor),
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+class Ensemble:
+    """The weights of E VAEs, stacked to be trained as one.
+
+    Args:
+        vaes: one or more of equal depths, widths and activation; latent dimensions may differ.
+        moments: Adam's state of each; an empty one starts at 0.
+        learning_rates: one a member.
+        precision: of the matrix products, one of ``PRECISIONS``; tf32 needs a GPU.
+    """
+
+    def __init__(
+        self,
+        vaes: Sequence[VAE],
+        moments: Sequence[Moments],
+        learning_rates: Sequence[float],
+        precision: str = "fp32",
+    ) -> None:
+        first = vaes[0]
+        self.latent_dims = [vae.latent_dim for vae in vaes]
+        self.widest = max(self.latent_dims)
+        self.device = next(first.parameters()).device
+        self._activation = ACTIVATIONS[first.activation]()
+        self._derivative = _DERIVATIVES[first.activation]
+        self._head = f"encoder.{len(first.encoder) - 1}."
+        self._shapes = {
+            name: self._padded_shape(name, p.shape, first.latent_dim)
+            for name, p in first.named_parameters()
+        }
+        ends = [0]
+        for shape in self._shapes.values():
+            ends.append(ends[-1] + shape.numel())
+        self._spans = dict(zip(self._shapes, pairwise(ends), strict=True))
+        # Member by member, so that the members of one learning rate are one tensor to Adam.
+        self._weights = torch.zeros(len(vaes), ends[-1], device=self.device)
+        self._grads = torch.zeros_like(self._weights)
+        self._exp_avg = torch.zeros_like(self._weights)
+        self._exp_avg_sq = torch.zeros_like(self._weights)
+        for i, (vae, own) in enumerate(zip(vaes, moments, strict=True)):
+            self._put(self._weights[i], dict(vae.named_parameters()), vae.latent_dim)
+            self._put(self._exp_avg[i], own.exp_avg, vae.latent_dim)
+            self._put(self._exp_avg_sq[i], own.exp_avg_sq, vae.latent_dim)
+        # The copy the products read: made once a step, where autocast makes one a call.
+        self._low = self._weights.bfloat16() if precision == "bf16" else self._weights
+        self._encoder, self._decoder = (self._layers(self._low, net) for net in _networks(first))
+        self._exact = [self._layers(self._weights, net) for net in _networks(first)]
+        self.totals = torch.zeros(2, len(vaes), dtype=torch.float64, device=self.device)
+        self._adam = self._stretches([own.step for own in moments], learning_rates)
+
+    def __len__(self) -> int:
+        return len(self.latent_dims)
+
+    def _padded_shape(self, name: str, shape: torch.Size, latent_dim: int) -> torch.Size:
+        if name.startswith(self._head):
+            return torch.Size([2 * self.widest, *shape[1:]])
+        if name == "decoder.0.weight":
+            return torch.Size([shape[0], self.widest])
+        return shape
+
+    def _place(self, name: str, latent_dim: int) -> Any:
+        """Where the parameter of a member lies in its padded one."""
+        if name.startswith(self._head):
+            rows = torch.arange(latent_dim, device=self.device)
+            return torch.cat([rows, rows + self.widest])  # mean and logvar
+        return (slice(None), slice(latent_dim)) if name == "decoder.0.weight" else ...
+
+    def _put(self, row: Tensor, values: dict[str, Tensor], latent_dim: int) -> None:
+        for name, value in values.items():
+            padded = row[slice(*self._spans[name])].view(self._shapes[name])
+            padded[self._place(name, latent_dim)] = value.detach()
+
+    def _get(self, row: Tensor, latent_dim: int) -> dict[str, Tensor]:
+        found = {}
+        for name, span in self._spans.items():
+            padded = row[slice(*span)].view(self._shapes[name])
+            found[name] = padded[self._place(name, latent_dim)].clone()
+        return found
+
+    def _layers(self, weights: Tensor, names: Sequence[str]) -> list[_Linear]:
+        def view(stack: Tensor, name: str) -> Tensor:
+            shape = self._shapes[name]
+            rows = stack[:, slice(*self._spans[name])]
+            return rows.view(len(self), *((1, *shape) if len(shape) == 1 else shape))
+
+        layers = []
+        for name in names:
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            grads = view(self._grads, weight), view(self._grads, bias)
+            layers.append(_Linear(view(weights, weight), view(weights, bias), *grads))
+        return layers
+
+    def _stretches(self, steps: Sequence[int], learning_rates: Sequence[float]) -> list[_Stretch]:
+        """One piece of work for Adam for members side by side with equal step and learning rate."""
+        stretches = []
+        start = 0
+        for end in range(1, len(self) + 1):
+            kind = steps[start], learning_rates[start]
+            if end < len(self) and (steps[end], learning_rates[end]) == kind:
+                continue
+            rows = slice(start, end)
+            graph = self.device.type == "cuda"
+            stretches.append(
+                _Stretch(
+                    rows=rows,
+                    weights=self._weights[rows],
+                    grads=self._grads[rows],
+                    exp_avg=self._exp_avg[rows],
+                    exp_avg_sq=self._exp_avg_sq[rows],
+                    steps_done=torch.tensor(float(kind[0]), device=self.device if graph else None),
+                    base_rate=kind[1],
+                    # A captured step reads the rate where it lies.
+                    rate=torch.tensor(kind[1], device=self.device) if graph else kind[1],
+                )
+            )
+            start = end
+        return stretches
+
+    def scale_learning_rates(self, factor: float) -> None:
+        """Every member's learning rate, as a multiple of its own."""
+        for stretch in self._adam:
+            if isinstance(stretch.rate, Tensor):
+                stretch.rate.fill_(stretch.base_rate * factor)
+            else:
+                stretch.rate = stretch.base_rate * factor
+
+    @torch.no_grad()
+    def step(self, x: Tensor, noise: Tensor, kl_weight: Tensor) -> None:
+        """One step of Adam on −mean(log p(x|z) − w KL(q(z|x) ‖ p)) of every member.
+
+        Args:
+            x: (E, B, pixels) uint8.
+            noise: (E, B, widest) standard normal, 0 in padded dimensions.
+            kl_weight: (E, 1, 1), w.
+
+        Adds the sums over the batch of log p(x|z) and KL, as before the step, to ``totals``.
+        """
+        self.gradient(x.float().div_(255), noise, kl_weight)
+        for stretch in self._adam:
+            stretch.step()
+        if self._low is not self._weights:
+            self._low.copy_(self._weights)
+
+    @torch.no_grad()
+    def gradient(self, x: Tensor, noise: Tensor, kl_weight: Tensor) -> None:
+        """Writes the gradient of a step's loss; x (E, B, pixels) is float32 in [0, 1].
+
+        With ℓ the logits, ∂(−log p(x|z))/∂ℓ = sigmoid(ℓ) − x; with z = μ + σε, ∂z/∂μ = 1 and
+        ∂z/∂log σ² = ½σε; ∂KL/∂μ = μ and ∂KL/∂log σ² = ½(σ² − 1).
+        """
+        share = 1 / x.shape[1]
+        encoded, head = self._forward(self._encoder, x.to(self._low.dtype))
+        mean, logvar = head.float().chunk(2, dim=2)
+        deviation = torch.exp(0.5 * logvar).mul_(noise)
+        decoded, low_logits = self._forward(self._decoder, (mean + deviation).to(self._low.dtype))
+        logits = low_logits.float()
+        probability = torch.sigmoid(logits)
+        self.totals[0] += _log_likelihood(logits, probability, x)
+        self.totals[1] += gaussian_kl(mean, logvar).sum(1)
+
+        grad = probability.sub_(x).mul_(share).to(self._low.dtype)
+        grad_z = self._backward(self._decoder, decoded, grad)
+        assert grad_z is not None
+        grad_z = grad_z.float()
+        weight = kl_weight * share
+        grad_mean = torch.addcmul(grad_z, mean, weight)
+        grad_logvar = grad_z.mul_(deviation).addcmul_(torch.expm1(logvar), weight).mul_(0.5)
+        grad = torch.cat([grad_mean, grad_logvar], 2).to(self._low.dtype)
+        self._backward(self._encoder, encoded, grad, to_input=False)
+
+    def _forward(
+        self, layers: Sequence[_Linear], h: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Input and output of every layer, and the last output."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        for layer in layers:
+            h = self._activation(seen[-1][1]) if seen else h
+            seen.append((h, torch.baddbmm(layer.bias, h, layer.weight.mT)))
+        return seen, seen[-1][1]
+
+    def _backward(
+        self,
+        layers: Sequence[_Linear],
+        seen: Sequence[tuple[Tensor, Tensor]],
+        grad: Tensor,
+        *,
+        to_input: bool = True,
+    ) -> Tensor | None:
+        """Writes the gradient of every layer; returns that of the input, if it is wanted."""
+        for i in reversed(range(len(layers))):
+            layer, h = layers[i], seen[i][0]
+            if grad.dtype == layer.weight_grad.dtype:
+                torch.bmm(grad.mT, h, out=layer.weight_grad)
+            else:
+                layer.weight_grad.copy_(torch.bmm(grad.mT, h))
+            torch.sum(grad, 1, keepdim=True, dtype=torch.float32, out=layer.bias_grad)
+            if i == 0 and not to_input:
+                return None
+            grad = torch.bmm(grad, layer.weight)
+            if i > 0:
+                grad = self._derivative(grad, seen[i - 1][1], h)
+        return grad
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logvar, (E, B, widest) float32, of images (E or 1, B, pixels) in [0, 1]."""
+        x = x.expand(len(self), -1, -1)
+        mean, logvar = self._forward(self._exact[0], x)[1].chunk(2, dim=2)
+        return mean, logvar
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Logits (E, B, pixels) in float32 of codes (E, B, widest)."""
+        return self._forward(self._exact[1], z)[1]
+
+    def changing(self) -> list[Tensor]:
+        """Everything a step writes to that outlasts it."""
+        steps = [stretch.steps_done for stretch in self._adam]
+        own = [self._weights, self._low, self._exp_avg, self._exp_avg_sq, self.totals]
+        return [*own, *steps]
+
+    def member(self, i: int) -> tuple[dict[str, Tensor], Moments]:
+        """Copies of the weights of member i, by parameter name, and of Adam's state."""
+        latent_dim = self.latent_dims[i]
+        (stretch,) = (s for s in self._adam if s.rows.start <= i < s.rows.stop)
+        moments = Moments(
+            int(stretch.steps_done),
+            self._get(self._exp_avg[i], latent_dim),
+            self._get(self._exp_avg_sq[i], latent_dim),
+        )
+        return self._get(self._weights[i], latent_dim), moments
+
+
+def _log_likelihood(logits: Tensor, probability: Tensor, x: Tensor) -> Tensor:
+    """Sum over a batch of log p(x|z), (E,) nats, as ``elbo.reconstruction`` has it image by image.
+
+    With ℓ the logits and π = sigmoid(ℓ), which the gradient needs as well, log p(x|z) is
+    Σ x ℓ − max(ℓ, 0) + log max(π, 1 − π): half the passes over memory, and no second sigmoid.
+
+    Args:
+        logits, probability, x: (E, B, pixels).
+    """
+    cross = torch.bmm(x.flatten(1)[:, None], logits.flatten(1)[:, :, None]).flatten()
+    likely = torch.maximum(probability, 1 - probability).log2_().sum((1, 2))
+    return cross.sub_(logits.clamp_min(0).sum((1, 2))).add_(likely, alpha=math.log(2))
+
+
+def _networks(vae: VAE) -> tuple[list[str], list[str]]:
+    """Names of the linear layers of encoder and decoder."""
+    encoder, decoder = (
+        [f"{part}.{i}" for i, layer in enumerate(net) if isinstance(layer, torch.nn.Linear)]
+        for part, net in (("encoder", vae.encoder), ("decoder", vae.decoder))
+    )
+    return encoder, decoder
+
+
+@torch.no_grad()
+def encode_all(
+    vaes: Sequence[VAE], images: Tensor, batch_size: int = 4096
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and log variance of q(z|x) of every model, for all images (N, pixels) uint8.
+
+    Args:
+        vaes: of one shape but for the latent dimension.
+
+    Returns:
+        Two (N, D) float32 a model.
+    """
+    if isinstance(vaes[0], ConvVAE):
+        return [_encode(vae, images, batch_size) for vae in vaes]
+    ensemble = Ensemble(vaes, [Moments() for _ in vaes], [0.0] * len(vaes))
+    codes = [torch.empty(2, len(images), d, device=images.device) for d in ensemble.latent_dims]
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        mean, logvar = ensemble.encode(images[part].float().div_(255)[None])
+        for e, own in enumerate(codes):
+            own[0, part], own[1, part] = (v[e, :, : own.shape[2]] for v in (mean, logvar))
+    return [(own[0], own[1]) for own in codes]
+
+
+def _encode(vae: VAE, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and log variance of q(z|x), (N, D) float32 each, of one model by itself."""
+    parts = [vae.encode(part.float().div_(255)) for part in images.split(batch_size)]
+    return torch.cat([mean for mean, _ in parts]), torch.cat([logvar for _, logvar in parts])
+
+
+class CapturedSteps:
+    """``Ensemble.step`` as a CUDA graph: one launch a step instead of some sixty.
+
+    The graph of a batch size is captured when first met, after a few ordinary steps on a side
+    stream whose effect on weights and moments is undone.
+    """
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self._ensemble = ensemble
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
+
+    def __call__(self, *inputs: Tensor) -> None:
+        batch = inputs[0].shape[1]
+        if batch not in self._graphs:
+            self._graphs[batch] = self._capture([value.clone() for value in inputs])
+        graph, static = self._graphs[batch]
+        for place, value in zip(static, inputs, strict=True):
+            place.copy_(value)
+        graph.replay()
+
+    def _capture(self, static: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+        kept = [(place, place.clone()) for place in self._ensemble.changing()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._ensemble.step(*static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._ensemble.step(*static)
+        for place, value in kept:
+            place.copy_(value)
+        return graph, static
