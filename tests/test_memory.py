@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import io
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from tests.conftest import Run
 from tests.soak import times
 from vaeq.config import RunConfig
+from vaeq.data.images import Images
 from vaeq.errors import InputError
+from vaeq.experiment import build
 from vaeq.launch.pool import Pool
 from vaeq.launch.progress import Event
 from vaeq.launch.sweep import SweepResult
-from vaeq.memory import fitting, needed, require_memory, weights
+from vaeq.memory import fitting, needed, networks, require_memory
 
 PEAK = """
 import sys
@@ -31,7 +35,7 @@ from vaeq.experiment import run
 from vaeq.memory import needed
 config = RunConfig(
     outputs=sys.argv[1], device="cpu", epochs=1, encoder_width=int(sys.argv[2]),
-    encoder_depth=int(sys.argv[3]), latent_dim=int(sys.argv[4]),
+    encoder_depth=int(sys.argv[3]), latent_dim=int(sys.argv[4]), model=sys.argv[5],
     data=DataConfig(n_train=300, n_test=100),
     measure=MeasureConfig(panel="decomposition", n_samples=100),
     generation=GenerationConfig(n_importance=None, quality=False),
@@ -42,22 +46,40 @@ print(needed(config).total / (1024 * int(line.split()[1])))
 """
 
 
-def test_the_parameters_are_counted_as_torch_counts_them() -> None:
-    from vaeq.models.mlp import VAE  # here alone: this module needs no torch
-
-    config = RunConfig(latent_dim=5, encoder_depth=3, encoder_width=31, decoder_depth=0)
-    import torch
-
-    vae = VAE(
-        784, 5, encoder_depth=3, encoder_width=31, decoder_depth=0, decoder_width=500,
-        activation="relu", generator=torch.Generator(),
+@pytest.mark.parametrize(
+    ("model", "shape", "depths"),
+    [
+        ("mlp", (28, 28), (3, 0)),
+        ("conv", (28, 28), (1, 3)),
+        ("conv", (20, 33, 3), (4, 2)),
+    ],
+)
+def test_the_weights_and_units_are_those_of_the_network(
+    model: str, shape: tuple[int, ...], depths: tuple[int, int]
+) -> None:
+    config = RunConfig(
+        model=model, latent_dim=5, encoder_depth=depths[0], encoder_width=31,
+        decoder_depth=depths[1], decoder_width=50,
     )  # fmt: skip
-    assert weights(config) == sum(value.numel() for value in vae.parameters())
+    blank = torch.zeros(1, math.prod(shape), dtype=torch.uint8)
+    vae = build(config, Images("blank", "", blank, None, blank, None, shape=shape)).vae
+    parts = zip((vae.encoder, vae.decoder), networks(config, shape), strict=True)
+    for part, (network, sizes) in enumerate(parts):
+        assert sizes.weights == sum(value.numel() for value in network.parameters())
+        x = torch.zeros(1, (math.prod(shape), 5)[part])
+        units = [x.numel()]
+        for layer in network:
+            x = layer(x)
+            if any(True for _ in layer.parameters()):
+                units.append(x.numel())
+        assert list(sizes.units) == units
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("shape", [("16", "1", "2"), ("2048", "3", "64")])
+@pytest.mark.parametrize(
+    "shape", [("16", "1", "2", "mlp"), ("2048", "3", "64", "mlp"), ("2048", "3", "64", "conv")]
+)
 def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path: Path, shape: tuple[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), *shape],

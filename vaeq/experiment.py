@@ -96,11 +96,12 @@ def prepare(config: RunConfig, members: int = 1) -> tuple[str, Images]:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     images = _images(config.data, device)
-    if config.model == "mlp":
-        shape = {"pixels": images.pixels, "n_train": len(images.train), "n_test": len(images.test)}
-        require_memory(needed(config, members=members, **shape), *free_memory(device), config)
     if config.model == "conv":
         require_depth(images.shape, config.encoder_depth, config.decoder_depth)
+    if config.model != "ppca":
+        n = {"n_train": len(images.train), "n_test": len(images.test)}
+        need = needed(config, members=members, shape=images.shape, **n)
+        require_memory(need, *free_memory(device), config)
     return precision, images
 
 

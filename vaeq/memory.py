@@ -8,18 +8,24 @@ No torch in this module: a sweep asks before any worker starts.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from vaeq.config import RunConfig
 from vaeq.errors import InputError
+from vaeq.models.sizes import (
+    Sizes,
+    convolutional_decoder,
+    convolutional_encoder,
+    perceptron,
+)
 
 # A worker with torch and its kernels loaded, what its first steps allocate included.
 PROCESS = 480 * 2**20
-# Images of the largest data set that ships or is read by name, and their pixels.
-_IMAGES, _TEST_IMAGES, _PIXELS = 60_000, 10_000, 784
+# Images of the largest data set that ships or is read by name, and their height and width.
+_IMAGES, _TEST_IMAGES, _SHAPE = 60_000, 10_000, (28, 28)
 # Images encoded at a time, when training is over, and in the evaluation after an epoch.
 _ENCODED_BATCH, _EVALUATED_BATCH = 4096, 1024
 # Steps whose images and noise are drawn at once.
@@ -48,28 +54,31 @@ class Need:
         return self.process + self.images + self.more
 
 
-def weights(config: RunConfig, pixels: int = _PIXELS) -> int:
-    """Parameters of both multilayer perceptrons."""
-    sizes = layers(config, pixels)
-    return sum(a * b + b for network in sizes for a, b in pairwise(network))
-
-
-def layers(config: RunConfig, pixels: int = _PIXELS) -> tuple[list[int], list[int]]:
-    """Units of every layer of encoder and decoder, inputs and outputs included."""
-    encoder = [pixels, *[config.encoder_width] * config.encoder_depth, 2 * config.latent_dim]
-    decoder = [config.latent_dim, *[config.decoder_width] * config.decoder_depth, pixels]
-    return encoder, decoder
+def networks(config: RunConfig, shape: Sequence[int] = _SHAPE) -> tuple[Sizes, Sizes]:
+    """Encoder and decoder of a run of images (height, width[, channels]), not ppca's."""
+    encoder = config.encoder_depth, config.encoder_width
+    decoder = config.decoder_depth, config.decoder_width
+    if config.model == "conv":
+        return (
+            convolutional_encoder(shape, *encoder, config.latent_dim),
+            convolutional_decoder(shape, *decoder, config.latent_dim),
+        )
+    pixels = math.prod(shape)
+    return (
+        perceptron(pixels, *encoder, 2 * config.latent_dim),
+        perceptron(config.latent_dim, *decoder, pixels),
+    )
 
 
 def needed(
     config: RunConfig,
     *,
     members: int = 1,
-    pixels: int = _PIXELS,
+    shape: Sequence[int] = _SHAPE,
     n_train: int | None = None,
     n_test: int | None = None,
 ) -> Need:
-    """The memory that runs of ``model=mlp``, so many members in one program, take at their peak.
+    """The memory that runs of networks, so many members in one program, take at their peak.
 
     In units of the parameters of one member, four bytes each: a member holds its weights and both
     moments (3), and in the program weights, gradients, moments and what is multiplied (5), and of
@@ -80,7 +89,7 @@ def needed(
     Args:
         config: of the run; where ``members`` is larger, the one with most weights.
         members: of an ensemble; 1 for a run by itself.
-        pixels, n_train, n_test: of its images, where they are known; else MNIST's, or what
+        shape, n_train, n_test: of its images, where they are known; else MNIST's, or what
             ``data.n_train`` and ``data.n_test`` leave of them.
 
     Returns:
@@ -89,9 +98,10 @@ def needed(
     """
     n_train = n_train or config.data.n_train or _IMAGES
     n_test = n_test or config.data.n_test or _TEST_IMAGES
-    parameters = 4 * weights(config, pixels)
-    encoder, decoder = layers(config, pixels)
-    held = 2 * 4 * (sum(encoder) + sum(decoder))  # an image's inputs and outputs of all layers
+    encoder, decoder = networks(config, shape)
+    pixels = math.prod(shape)
+    parameters = 4 * (encoder.weights + decoder.weights)
+    held = 2 * 4 * sum(encoder.units + decoder.units)  # an image's inputs and outputs of all layers
     # Data sets are read whole, in one copy more than is kept.
     images = 2 * max(n_train + n_test, _IMAGES + _TEST_IMAGES) * pixels
     batch = min(config.batch_size, n_train)
@@ -100,7 +110,7 @@ def needed(
     codes = 8 * config.latent_dim * (n_train + n_test)
     training = members * (10 * parameters + steps) + 8 * parameters + block
     together = min(members, 16)
-    encoding = min(_ENCODED_BATCH, n_train) * 8 * sum(encoder) * together
+    encoding = min(_ENCODED_BATCH, n_train) * 8 * sum(encoder.units) * together
     estimators = _ESTIMATORS + 3 * codes
     measuring = members * 3 * parameters + together * (parameters + codes)
     measuring += max(encoding, estimators)
@@ -118,8 +128,8 @@ def require_memory(need: Need, available: int, place: str, config: RunConfig) ->
         InputError: with the estimate, what there is, and what makes it smaller.
     """
     if need.more > available:
-        encoder, decoder = layers(config)
-        larger = "encoder" if sum(encoder) >= sum(decoder) else "decoder"
+        encoder, decoder = (sum(network.units) for network in networks(config))
+        larger = "encoder" if encoder >= decoder else "decoder"
         width, depth = (getattr(config, f"{larger}_{name}") for name in ("width", "depth"))
         raise InputError(
             f"a run of {larger}_width={width}, {larger}_depth={depth}, "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from vaeq.errors import InputError
 from vaeq.experiment import build, prepare
 from vaeq.generation.panel import Decoder
 from vaeq.generation.samplers import as_uint8, decode_means, samplers
+from vaeq.memory import networks
 from vaeq.runs.record import (
     CHECKPOINT,
     RECORD,
@@ -99,8 +99,7 @@ def load_decoder(directory: Path) -> Decoder:
     data = record.provenance.get("data")
     if not isinstance(data, dict) or images.md5 != data.get("md5"):
         raise InputError(f"data={config.data.name} is not what {directory} was trained on.")
-    if config.model == "mlp":
-        _require_weights(directory / CHECKPOINT, config, images.pixels)
+    _require_weights(directory / CHECKPOINT, config, images.shape)
     state = build(config, images)
     try:
         read_listed(directory, CHECKPOINT, record.files)
@@ -115,11 +114,9 @@ def load_decoder(directory: Path) -> Decoder:
     return Decoder(state.vae.decode, codes, test_codes, images)
 
 
-def _require_weights(checkpoint: Path, config: RunConfig, pixels: int) -> None:
+def _require_weights(checkpoint: Path, config: RunConfig, shape: tuple[int, ...]) -> None:
     """Refuse, before it is made, a network larger than its checkpoint: a record may ask for any."""
-    encoder = [pixels, *[config.encoder_width] * config.encoder_depth, 2 * config.latent_dim]
-    decoder = [config.latent_dim, *[config.decoder_width] * config.decoder_depth, pixels]
-    weights = sum((a + 1) * b for sizes in (encoder, decoder) for a, b in pairwise(sizes))
+    weights = sum(network.weights for network in networks(config, shape))
     if not checkpoint.is_file():
         raise InputError(f"{checkpoint.parent} has no {checkpoint.name}; train it again.")
     if (size := checkpoint.stat().st_size) < 4 * weights:

@@ -215,7 +215,7 @@ class Pool:
     def _limit(self, configs: Sequence[RunConfig]) -> None:
         """Take no more workers than the largest runs leave memory for, and say so."""
         available = available_memory()
-        networks = [config for config in configs if config.model == "mlp"]
+        networks = [config for config in configs if config.model != "ppca"]
         most = fitting(networks, available)
         if most < min(self.n_jobs, len(networks)):
             largest = max(needed(config).total for config in networks)

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from vaeq.errors import InputError
 from vaeq.models.mlp import ACTIVATIONS, RECTIFIERS, VAE
+from vaeq.models.sizes import KERNEL, PADDING, STRIDE, convolutions
 
-_KERNEL, _STRIDE, _PADDING = 4, 2, 1
 # Weights that reach one output, of a kernel's 16, when the stride spreads it: (kernel/stride)².
-_OVERLAP = (_KERNEL // _STRIDE) ** 2
-# Units of the dense layer for each channel of the first convolution.
-_UNITS_A_CHANNEL = 16
+_OVERLAP = (KERNEL // STRIDE) ** 2
 
 
 def require_depth(shape: tuple[int, ...], encoder_depth: int, decoder_depth: int) -> None:
@@ -71,41 +69,31 @@ class ConvVAE(VAE):
         self.latent_dim = latent_dim
         self.activation = activation
         nonlinear = ACTIVATIONS[activation]
-        colours = shape[2] if len(shape) == 3 else 1
-        sizes, channels = _plan(shape, colours, encoder_depth, encoder_width)
+        sizes, channels = convolutions(shape, encoder_depth, encoder_width)
         flat = channels[-1] * math.prod(sizes[-1])
         layers: list[nn.Module] = [_Channels(shape)]
         for fan_in, fan_out in pairwise(channels):
-            layers += [nn.Conv2d(fan_in, fan_out, _KERNEL, _STRIDE, _PADDING), nonlinear()]
+            layers += [nn.Conv2d(fan_in, fan_out, KERNEL, STRIDE, PADDING), nonlinear()]
         layers += [nn.Flatten(), nn.Linear(flat, encoder_width), nonlinear()]
         self.encoder = nn.Sequential(*layers, nn.Linear(encoder_width, 2 * latent_dim))
 
-        sizes, channels = _plan(shape, colours, decoder_depth, decoder_width)
+        sizes, channels = convolutions(shape, decoder_depth, decoder_width)
         flat = channels[-1] * math.prod(sizes[-1])
         layers = [nn.Linear(latent_dim, decoder_width), nonlinear(), nn.Linear(decoder_width, flat)]
         layers += [nonlinear(), nn.Unflatten(1, (channels[-1], *sizes[-1]))]
         for i in range(decoder_depth, 0, -1):
             # A side of 7 was halved to 3; one more row brings back 7 and not 6.
             height, width = sizes[i - 1]
-            lost = height % _STRIDE, width % _STRIDE
+            lost = height % STRIDE, width % STRIDE
             layers.append(
                 nn.ConvTranspose2d(
-                    channels[i], channels[i - 1], _KERNEL, _STRIDE, _PADDING, output_padding=lost
+                    channels[i], channels[i - 1], KERNEL, STRIDE, PADDING, output_padding=lost
                 )
             )
             layers += [nonlinear()] if i > 1 else [_Pixels()]
         self.decoder = nn.Sequential(*layers)
         _initialize(self.encoder, activation, generator, initialization, heads=2)
         _initialize(self.decoder, activation, generator, initialization, heads=1)
-
-
-def _plan(
-    shape: tuple[int, ...], colours: int, depth: int, width: int
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Height and width, and channels, of the image and after each convolution."""
-    sizes = [(shape[0] >> i, shape[1] >> i) for i in range(depth + 1)]
-    first = max(1, width // _UNITS_A_CHANNEL)
-    return sizes, [colours, *(first << i for i in range(depth))]
 
 
 def _initialize(
@@ -122,9 +110,9 @@ def _initialize(
     for layer in layers:
         rows, columns = layer.weight.shape[:2]
         if isinstance(layer, nn.ConvTranspose2d):
-            fan_in, fan_out = rows * _OVERLAP, columns * _KERNEL**2
+            fan_in, fan_out = rows * _OVERLAP, columns * KERNEL**2
         elif isinstance(layer, nn.Conv2d):
-            fan_in, fan_out = columns * _KERNEL**2, rows * _OVERLAP
+            fan_in, fan_out = columns * KERNEL**2, rows * _OVERLAP
         else:
             fan_in, fan_out = columns, rows
         last = layer is layers[-1]
