@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from vaeq.data.images import Images
 from vaeq.errors import InputError
+from vaeq.generation import classifier as module
 from vaeq.generation.classifier import (
     Classifier,
     classifier_hash,
     load_classifier,
     train_classifier,
 )
-from vaeq.generation.panel import classifier as module
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,8 @@ from vaeq.estimate import Estimate
 from vaeq.generation.samplers import samplers
 from vaeq.measurement import Measurement
 from vaeq.models.elbo import held_out_elbo
-from vaeq.posterior.aggregated import AggregatedPosterior, log_density
+from vaeq.posterior import log_density
+from vaeq.posterior.aggregated import AggregatedPosterior
 from vaeq.posterior.codes import CodesWarning
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vaeq.posterior.aggregated import log_density
+from vaeq.posterior import log_density
 from vaeq.posterior.log_density import MixtureLogDensity, rounds_products
 
 F64 = torch.float64

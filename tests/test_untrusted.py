@@ -159,8 +159,8 @@ LIMITED = """
 import json, resource, sys
 import numpy, torch, safetensors, zipfile, gzip  # what it takes to read anything
 from pathlib import Path
-from vaeq.posterior.aggregated import codes
-from vaeq.data.images import datasets
+from vaeq.posterior import codes
+from vaeq.data import datasets
 from vaeq.files import idx
 from vaeq.runs import record
 from vaeq.errors import InputError
