@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.polynomial import legendre
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
 
 from vaeq.posterior.aggregated import AggregatedPosterior
 
@@ -252,6 +251,8 @@ def _refine(panels: _Panels) -> _Panels:
 def _distances(density: _Panels) -> tuple[float, float, float]:
     """KL(q ‖ φ), Kolmogorov-Smirnov and Wasserstein-2 distance of one mixture to N(0, 1)."""
     panels = _refine(density)
+    from scipy.special import ndtr, ndtri  # a quarter of a second, not to be spent at the start
+
     mass = 0.5 * panels.width * (panels.density @ _WEIGHTS)
     below = np.cumsum(mass) - mass
     above = np.cumsum(mass[::-1])[::-1] - mass

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy import special
 
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
@@ -134,6 +133,8 @@ def two_sample(
             for name, value in _distance_statistics(x, y).items():
                 results[name].append(value)
     estimates = {}
+    from scipy import special
+
     # Few repeats know their own spread badly: ±2 errors are to cover what they cover of many.
     student = float(special.stdtrit(repeats - 1, special.ndtr(2.0))) / 2
     root, root_of_spread = math.sqrt(repeats) / student, math.sqrt(2 * (repeats - 1)) / student

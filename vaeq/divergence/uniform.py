@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 
 from vaeq.errors import InputError
 from vaeq.posterior.aggregated import AggregatedPosterior
@@ -43,6 +42,8 @@ def uniform_view(posterior: AggregatedPosterior, bins: int = 20) -> UniformView:
     """
     if bins < 2:
         raise InputError(f"bins must be >= 2, got {bins}.")
+    from scipy.special import ndtri
+
     edges = np.linspace(0, 1, bins + 1)
     inner = torch.from_numpy(ndtri(edges[1:-1]))  # (B − 1,)
     cumulative = torch.stack(posterior.over_parts(_cumulative, inner)).sum(0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from scipy import special
 from torch import Tensor
 
 from vaeq.divergence.ex_post import ExPost
@@ -82,7 +81,9 @@ def latent_plane(
         )
     if n < 1:
         raise InputError(f"n must be >= 1, got {n}.")
-    quantiles = torch.from_numpy(special.ndtri((torch.arange(n).double().numpy() + 0.5) / n))
+    from scipy.special import ndtri
+
+    quantiles = torch.from_numpy(ndtri((torch.arange(n).double().numpy() + 0.5) / n))
     second, first = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
     z = torch.stack([first.flatten(), second.flatten()], 1)
     return decode_means(decode, z.to(device, torch.float32))
