@@ -72,3 +72,25 @@ def test_no_pickle_is_loaded_anywhere() -> None:
         text = file.read_text()
         assert "torch.load(" not in text, file
         assert "allow_pickle=True" not in text, file
+
+
+def test_no_text_is_read_or_written_in_the_encoding_of_the_locale() -> None:
+    before = {"read_text": 0, "write_text": 1}  # arguments that come before the encoding
+    for file in PACKAGE.glob("**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(
+                node.func, ast.Attribute | ast.Name
+            ):
+                continue
+            call = ast.unparse(node.func)
+            name = call.rpartition(".")[2]
+            if name in before:
+                named = any(word.arg == "encoding" for word in node.keywords)
+                assert named or len(node.args) > before[name], (file, node.lineno)
+            elif name == "open" and call not in (
+                "os.open",
+                "gzip.open",
+                "archive.open",
+                "Image.open",
+            ):
+                assert "b'" in ast.unparse(node), (file, node.lineno)

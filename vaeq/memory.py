@@ -162,10 +162,10 @@ def available_memory(root: Path = Path("/")) -> int:
     """
     free = [2**63]
     try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text("utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(int(line.split()[1]) * 1024)
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text("utf-8", "surrogateescape").splitlines()
     except (OSError, ValueError, IndexError):
         return min(free)
     for group in groups:
@@ -180,6 +180,6 @@ def available_memory(root: Path = Path("/")) -> int:
         own = Path(path.lstrip("/"))
         for folder in {base / own, *(base / parent for parent in own.parents), base}:
             with contextlib.suppress(OSError, ValueError):  # no limit here, or it is "max"
-                limit, used = (int((folder / name).read_text()) for name in names)
+                limit, used = (int((folder / name).read_text("utf-8")) for name in names)
                 free.append(max(0, limit - used))
     return min(free)
