@@ -54,6 +54,7 @@ def test_train_refuses_bad_values_in_one_line(
         (["latent_dim=2,abc"], "latent_dim must be an integer between 1 and 4096, got abc."),
         (["laten_dim=2,8"], "did you mean latent_dim?"),
         (["n_jobs=0"], "n_jobs must be an integer between 1 and 1024, or null, got 0."),
+        (["hydra.sweeper.params="], "hydra.sweeper.params must hold settings with their values"),
     ],
 )
 def test_a_sweep_with_one_illegal_value_starts_no_job(

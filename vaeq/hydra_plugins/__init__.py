@@ -45,7 +45,7 @@ class GridSweeper(BasicSweeper):
                 "objective is for hydra/sweeper=optuna, which searches; add it, or drop objective."
             )
         # A value on the command line replaces the preset's for the same key.
-        swept = [f"{name}={value}" for name, value in self.params.items()]
+        swept = _swept(self.params)
         overrides = OverridesParser.create().parse_overrides([*swept, *arguments])
         (jobs,) = self.split_arguments(overrides, max_batch_size=None)
         return [self.launcher.launch(jobs, initial_job_idx=0)]
@@ -81,7 +81,7 @@ class OptunaSweeper(Sweeper):
         assert context is not None
         assert config is not None
         assert launcher is not None
-        swept = [f"{name!s}={value}" for name, value in self.params.items()]
+        swept = _swept(self.params)
         fixed, axes = search_space([*swept, *arguments])
 
         def jobs(points: Sequence[list[str]]) -> list[list[str]]:
@@ -94,6 +94,18 @@ class OptunaSweeper(Sweeper):
             launch=lambda points, first: launcher.launch(jobs(points), initial_job_idx=first),
             console=Console(),
         )
+
+
+def _swept(params: Any) -> list[str]:
+    """The values that a preset sweeps over, as overrides."""
+    from vaeq.errors import InputError
+
+    if params is not None and not isinstance(params, DictConfig | dict):
+        raise InputError(
+            "hydra.sweeper.params must hold settings with their values, as in "
+            f"+hydra.sweeper.params.seed='0,1', got {str(params)!r}; add those or drop it."
+        )
+    return [f"{name!s}={value}" for name, value in (params or {}).items()]
 
 
 class SweepLauncher(Launcher):
