@@ -11,7 +11,7 @@ from hydra import initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
@@ -73,6 +73,7 @@ WORDS = [
 
 @settings(max_examples=times(10, 500), deadline=None)
 @given(job=st.lists(st.sampled_from(WORDS), min_size=1, max_size=4))
+@example(job=["latent_dim=abc", "latent_dim=2"])
 def test_the_short_way_gives_what_hydra_gives(
     hydra: tuple[ConfigLoaderImpl, DictConfig], job: list[str]
 ) -> None:

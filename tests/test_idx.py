@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import vaeq
 from tests.soak import times
 from vaeq.data.images import MNIST_FILES
 from vaeq.errors import InputError
-from vaeq.files import idx
 from vaeq.files.idx import read_idx
 
-MNIST = Path(idx.__file__).parent / "mnist"
+MNIST = Path(vaeq.__file__).parent / "mnist"
 
 
 def idx_bytes(shape: tuple[int, ...], values: bytes, kind: int = 8) -> bytes:

@@ -140,7 +140,8 @@ class _Shared:
         every error is Hydra's.
         """
         presets: list[str] = []
-        changes: dict[str, Any] = {}
+        # In their order: of two for one setting the last counts, and the first must be legal.
+        changes: list[tuple[str, Any]] = []
         for word in overrides:
             if word not in self._parsed:
                 self._parsed[word] = self._parser.parse_override(word)
@@ -153,14 +154,14 @@ class _Shared:
             ):
                 return None
             else:
-                changes[name] = override.value()
+                changes.append((name, override.value()))
         base = self._base(tuple(presets))
         if base is None:
             return None
         try:
             own: dict[str, Any] = {}
             sections: dict[str, dict[str, Any]] = {}
-            for name, value in changes.items():
+            for name, value in changes:
                 section, _, key = name.rpartition(".")
                 place = sections.setdefault(section, {}) if section else own
                 place[key] = base.convert(name, value)
