@@ -516,6 +516,7 @@ def test_an_error_says_a_name_from_a_file_on_one_line(
         ("estimates", {f"a{i}": {} for i in range(1001)}, "has 1001 estimates"),
         ("config_hash", SCRIPT, "a config_hash that is no SHA-256"),
         ("curves.deep", Raw("[" * 5000 + "]" * 5000), "nested too deeply"),
+        ("curves.deep", Raw('{"a":' * 19 + "{}" + "}" * 19), "nested too deeply"),
         ("history.epoch", Raw("[1" + "0" * 5000 + "]"), "not valid JSON"),
     ],
 )
