@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from tests.report_fixtures import write_status
-from vaeq import experiment
 from vaeq.config import GenerationConfig, MeasureConfig, RunConfig
 from vaeq.data.images import Images
 from vaeq.errors import InputError, NeverTrained, TrainingDiverged, VaeqError
-from vaeq.experiment import run
+from vaeq.experiment import measuring, preparation, run
 from vaeq.report.runs import read_runs
 from vaeq.runs.record import (
     RECORD,
@@ -45,7 +44,7 @@ def everything(config: RunConfig, **changes: Any) -> RunConfig:
 def outcome(config: RunConfig, images: Images | None, monkeypatch: pytest.MonkeyPatch) -> RunRecord:
     """The record of a run through the whole pipeline; every number in it is one or says why not."""
     if images is not None:
-        monkeypatch.setattr(experiment, "_images", lambda data, device: images)
+        monkeypatch.setattr(preparation, "_images", lambda data, device: images)
     monkeypatch.setattr("vaeq.measurement.N_SAMPLES", 60)
     record = run(config, lambda event: None, threads=1)
     assert complete_record(run_directory(config), config) == record
@@ -114,7 +113,7 @@ def test_a_run_whose_elbo_is_missing_still_ends_in_one_line(
 
     missing = Estimate.missing("nats", "not finite")
     monkeypatch.setattr(
-        experiment, "held_out_elbo", lambda *rest: {"elbo": missing, "reconstruction": missing}
+        measuring, "held_out_elbo", lambda *rest: {"elbo": missing, "reconstruction": missing}
     )
     said = []
     run(tiny, said.append, threads=1)
@@ -135,13 +134,13 @@ def test_a_training_that_explodes_is_a_failure_with_its_epoch(
 def test_codes_that_explode_after_training_are_a_failure_with_its_reason(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = experiment.encode_all
+    real = measuring.encode_all
 
     def exploded(vaes: Any, images: Any) -> Any:
         shift = 100 if len(images) == tiny.data.n_train else 0
         return [(mean, logvar + shift) for mean, logvar in real(vaes, images)]
 
-    monkeypatch.setattr(experiment, "encode_all", exploded)
+    monkeypatch.setattr(measuring, "encode_all", exploded)
     with pytest.raises(VaeqError, match="logvar must be within ±100"):
         run(tiny, lambda event: None, threads=1)
     failure = read_record(run_directory(tiny) / RECORD).failure

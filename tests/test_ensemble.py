@@ -17,6 +17,7 @@ from vaeq import experiment
 from vaeq.config import GenerationConfig, RunConfig
 from vaeq.data.images import Images
 from vaeq.errors import TrainingDiverged, VaeqError
+from vaeq.experiment import measuring
 from vaeq.launch.progress import Event
 from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.models.mlp import ACTIVATIONS, VAE
@@ -263,7 +264,7 @@ def test_likelihoods_that_fail_together_are_asked_one_by_one(
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("not together")
 
-    monkeypatch.setattr(experiment, "likelihoods", fail)
+    monkeypatch.setattr(measuring, "likelihoods", fail)
     asked = GenerationConfig(n_importance=20, likelihood_images=100, quality=False)
     endings = experiment.run_ensemble(
         configs(replace(tiny, generation=asked)), lambda event: None, threads=1

@@ -14,10 +14,10 @@ from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from vaeq import experiment, hardware
+from vaeq import hardware
 from vaeq.config import DataConfig, RunConfig, SampleConfig, identified
 from vaeq.errors import InputError, TrainingDiverged
-from vaeq.experiment import run
+from vaeq.experiment import measuring, run
 from vaeq.generation.sample import sample
 from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.launch.progress import Event
@@ -139,7 +139,7 @@ def test_a_bug_is_recorded_with_its_traceback(
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(experiment, "measure", broken)
+    monkeypatch.setattr(measuring, "measure", broken)
     with pytest.raises(ZeroDivisionError):
         events_of(tiny)
     failure = read_record(run_directory(tiny) / RECORD).failure
@@ -197,12 +197,12 @@ def test_settings_of_every_kind_run_to_the_end(tiny: RunConfig, changes: dict[st
 def test_codes_so_narrow_that_they_need_float64_are_drawn_from_and_decoded(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = experiment.encode_all
+    real = measuring.encode_all
 
     def narrow(*arguments: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(mean, logvar - 30) for mean, logvar in real(*arguments)]
 
-    monkeypatch.setattr(experiment, "encode_all", narrow)
+    monkeypatch.setattr(measuring, "encode_all", narrow)
     record, _ = events_of(tiny)
     assert record.state == "complete"
 
@@ -273,9 +273,9 @@ def test_no_log_variance_of_ours_is_taken_for_a_variance(tiny: RunConfig) -> Non
     # One step: logvar is positive everywhere, and the tests turn warnings into errors.
     config = replace(tiny, epochs=1, batch_size=600, initialization="he_glorot", seed=3)
     with pytest.MonkeyPatch.context() as patch:
-        real = experiment.measure
+        real = measuring.measure
         positive = lambda mean, logvar, *rest, **more: real(  # noqa: E731
             mean, logvar.abs() + 0.5, *rest, **more
         )
-        patch.setattr(experiment, "measure", positive)
+        patch.setattr(measuring, "measure", positive)
         assert run(config, lambda event: None, threads=1).state == "complete"

@@ -1,0 +1,265 @@
+"""Runs that are trained: encoded and judged together, measured one by one, and recorded."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from vaeq.config import RunConfig, config_hash
+from vaeq.divergence.ex_post import ExPost
+from vaeq.estimate import Estimate
+from vaeq.experiment.under_way import Run, fail
+from vaeq.generation.panel import ANNEALED, LIKELIHOOD, Decoder, likelihoods
+from vaeq.generation.quality import FLOOR, missing_quality
+from vaeq.generation.samplers import SOURCES
+from vaeq.launch.progress import Event
+from vaeq.measurement import estimate_names, measure
+from vaeq.models.elbo import held_out_elbo
+from vaeq.models.ppca import fit_ppca
+from vaeq.posterior.codes import CodesWarning
+from vaeq.runs.record import (
+    CACHE,
+    CHECKPOINT,
+    HISTORY,
+    PICTURES,
+    SAMPLES,
+    RunRecord,
+    columns,
+    summary,
+    write_history,
+    write_record,
+)
+from vaeq.seeds import derive_seed
+from vaeq.training.checkpoint import save_weights
+from vaeq.training.ensemble import Ensemble, Moments, encode_all
+
+Codes = tuple[torch.Tensor, torch.Tensor]  # mean and logvar, (N, D) each
+# Samples of q(z|x) kept for the pictures of the report.
+_KEPT_SAMPLES = 10_000
+
+
+def estimates_of(config: RunConfig) -> set[str]:
+    """The names of the estimates that a run of these settings has."""
+    wanted = config.generation
+    names = {"elbo", "reconstruction", *estimate_names(config.measure.panel)}
+    if config.model == "ppca":
+        return names | {"log_likelihood", "inference_gap", *_quality_names()}
+    return names.union(
+        LIKELIHOOD if wanted.n_importance is not None else (),
+        ANNEALED if wanted.ais_images else (),
+        _quality_names() if wanted.quality else (),
+    )
+
+
+def _quality_names() -> set[str]:
+    return set(missing_quality([*SOURCES, FLOOR], "not asked for"))
+
+
+def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
+    """Encode runs that were trained together as one program, and measure and record each."""
+    images = runs[0].images
+    vaes = [run.state.vae for run in runs]
+    codes = [encode_all(vaes, images.observed(part)) for part in ("train", "test")]
+    decoders = [
+        Decoder(vae.decode, train, test, images)
+        for vae, train, test in zip(vaes, *codes, strict=True)
+    ]
+    judged = _judge_together(runs, decoders) if len(runs) > 1 else [None] * len(runs)
+    return [
+        finish(run, partial(_measure_vae, run, decoder, known))
+        for run, decoder, known in zip(runs, decoders, judged, strict=True)
+    ]
+
+
+def _judge_together(
+    runs: Sequence[Run], decoders: Sequence[Decoder]
+) -> Sequence[tuple[ExPost, dict[str, Estimate]] | None]:
+    """The ex-post mixture of every run, and log p(x) of all as one program, where it is asked for.
+
+    None for all also where it fails: asked one by one, the run that cannot have it fails alone.
+    """
+    nothing = [None] * len(runs)
+    wanted = runs[0].config.generation
+    if wanted.n_importance is None:
+        return nothing
+    vaes = [run.state.vae for run in runs]
+    stack = Ensemble(vaes, [Moments() for _ in vaes], [0.0] * len(vaes))
+    try:
+        ex_posts = [
+            decoder.fit_ex_post(_generator(run, "ex-post"))
+            for run, decoder in zip(runs, decoders, strict=True)
+        ]
+        found = likelihoods(
+            decoders,
+            stack.decode,
+            ex_posts,
+            [_generator(run, "likelihood") for run in runs],
+            n_importance=wanted.n_importance,
+            n_images=wanted.likelihood_images,
+        )
+    except Exception:
+        return nothing
+    return list(zip(ex_posts, found, strict=True))
+
+
+def finish(run: Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception:
+    """Measure and record a run."""
+    run.notify(Event("stage", run.name, message="measuring"))
+    try:
+        record = measured()
+        run.lock.require_held()
+        write_record(run.directory, record, len(run.history))
+    except Exception as error:
+        fail(run, error)
+        return error
+    run.log.finish(record.estimates, len(run.history))
+    run.notify(Event("complete", run.name, message=summary(record)))
+    return record
+
+
+def _measure_vae(
+    run: Run, decoder: Decoder, judged: tuple[ExPost, dict[str, Estimate]] | None
+) -> RunRecord:
+    """What there is to know of a trained VAE; its likelihood may be ``judged`` by now."""
+    began = time.perf_counter()
+    generator = _generator(run, "measure")
+    held_out = run.images.observed("test")
+    estimates = held_out_elbo(decoder.decode, *decoder.test_codes, held_out, generator)
+    more, settings, pictures = _generate(run, decoder, judged)
+    content = save({name: values.cpu() for name, values in pictures.items()})
+    run.keep(PICTURES, content)
+    seconds = sum(row["seconds"] for row in run.history)
+    codes, test_codes = decoder.codes, decoder.test_codes
+    return _record(run, codes, test_codes, estimates | more, settings, generator, began, seconds)
+
+
+def measure_ppca(run: Run) -> RunRecord:
+    """Probabilistic PCA from its fit to its record: it has no epochs and nothing to resume."""
+    began = time.perf_counter()
+    run.tell("start", 0)
+    images = run.images
+    model = fit_ppca(
+        images.observed("train"), run.config.latent_dim, generator=_generator(run, "weights")
+    )
+    run.history.extend(
+        {"epoch": i, "train_elbo": value} for i, value in enumerate(model.log_likelihood)
+    )
+    run.files[HISTORY] = write_history(run.directory, run.history)
+    for row in run.history:
+        run.log.epoch(row)
+    noise = torch.tensor(model.noise_variance, dtype=torch.float64)
+    weights = {"mean": model.mean, "weight": model.weight, "noise_variance": noise}
+    run.lock.require_held()
+    run.files[CHECKPOINT] = save_weights(run.directory, weights, config_hash(run.config))
+    seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    held_out = images.observed("test")
+    reason = "samples of ppca are grey levels of a Gaussian, not Bernoulli means"
+    estimates = model.evaluate(held_out) | missing_quality([*SOURCES, FLOOR], reason)
+    settings = {
+        "em": {
+            "iterations": model.iterations,
+            "converged": model.converged,
+            "closed_form_gap_nats": model.closed_form_gap,
+            "covariance_gap": model.covariance_gap,
+        }
+    }
+    codes, test_codes = model.encode(images.observed("train")), model.encode(held_out)
+    generator = _generator(run, "measure")
+    return _record(run, codes, test_codes, estimates, settings, generator, began, seconds)
+
+
+def _generator(run: Run, *purpose: str) -> torch.Generator:
+    seed = derive_seed(run.config.seed, *purpose)
+    return torch.Generator(run.images.train.device).manual_seed(seed)
+
+
+def _generate(
+    run: Run, decoder: Decoder, judged: tuple[ExPost, dict[str, Estimate]] | None
+) -> tuple[dict[str, Estimate], dict[str, Any], dict[str, torch.Tensor]]:
+    """Likelihood, sample quality and pictures, as far as the config asks for them."""
+    wanted = run.config.generation
+    estimates: dict[str, Estimate] = {}
+    if judged is not None:
+        ex_post, likelihood = judged
+        estimates |= likelihood
+    else:
+        ex_post = decoder.fit_ex_post(_generator(run, "ex-post"))
+    settings: dict[str, Any] = {"ex_post_components": ex_post.components}
+    if wanted.n_importance is not None and judged is None:
+        estimates |= decoder.likelihood(
+            ex_post,
+            _generator(run, "likelihood"),
+            n_importance=wanted.n_importance,
+            n_images=wanted.likelihood_images,
+        )
+    if wanted.ais_images:
+        estimates |= decoder.annealed(_generator(run, "annealing"), wanted.ais_images)
+    if wanted.quality:
+        cache = Path(run.config.outputs) / CACHE
+        quality, classifier = decoder.quality(ex_post, _generator(run, "quality"), cache)
+        estimates |= quality
+        settings["classifier"] = classifier
+    pictures = decoder.pictures(ex_post, _generator(run, "pictures"))
+    return estimates, {"generation": settings}, pictures
+
+
+def _record(
+    run: Run,
+    codes: Codes,
+    test_codes: Codes,
+    estimates: dict[str, Estimate],
+    settings: dict[str, Any],
+    generator: torch.Generator,
+    began: float,
+    train_seconds: float,
+) -> RunRecord:
+    """Measure the codes, keep some of them for the pictures, and put everything together."""
+    config, images = run.config, run.images
+    mean, logvar = codes
+    with warnings.catch_warnings():
+        # These are log variances, however a young encoder's may look.
+        warnings.simplefilter("ignore", CodesWarning)
+        found = measure(
+            mean,
+            logvar,
+            *test_codes,
+            images.train_labels,
+            n_samples=config.measure.n_samples,
+            seed=derive_seed(config.seed, "codes"),
+            panel=config.measure.panel,
+            flow=config.measure.flow,
+        ).to_dict()
+    kept = slice(_KEPT_SAMPLES)
+    noise = torch.randn(mean[kept].shape, generator=generator, device=mean.device)
+    z = (mean[kept] + torch.exp(0.5 * logvar[kept]) * noise).float()
+    samples = {"z": z.cpu()}
+    if images.train_labels is not None:
+        samples["label"] = images.train_labels[kept].contiguous()
+    run.keep(SAMPLES, save(samples))
+    measure_seconds = time.perf_counter() - began
+    return RunRecord(
+        "complete",
+        asdict(config),
+        config_hash(config),
+        run.provenance,
+        timing={
+            "train_seconds": train_seconds,
+            "measure_seconds": measure_seconds,
+            "total_seconds": train_seconds + measure_seconds,
+        },
+        history=columns(run.history),
+        estimates={name: value.to_dict() for name, value in estimates.items()} | found["estimates"],
+        per_dimension=found["per_dimension"],
+        curves=found["curves"],
+        settings=found["settings"] | settings,
+        files=dict(run.files),
+    )
