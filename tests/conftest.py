@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.warm import Warm
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
 from vaeq.data.images import Images, load_images
 
@@ -72,11 +73,24 @@ TINY = (
 )
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Where commands are forked from that import torch at once."""
+    warm = Warm()
+    yield warm
+    warm.close()
+
+
 @pytest.fixture
-def vaeq(tmp_path: Path) -> Run:
+def vaeq(tmp_path: Path, warm: Warm) -> Run:
     """Run the program in an empty folder, without a terminal."""
 
     def run(*words: str, check: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+        if words[:1] in (("train",), ("measure",), ("sample",)) and not env:
+            done = warm.run(words, tmp_path)
+            if check:
+                done.check_returncode()
+            return done
         return subprocess.run(
             [sys.executable, "-m", "vaeq", *words],
             cwd=tmp_path,
