@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def read_tensorboard(folder: Path) -> Logged:
 
 def read_trackio(folder: Path, experiment: str, run: str) -> Logged:
     found = Logged()
-    with sqlite3.connect(folder / f"{experiment}.db") as database:
+    with closing(sqlite3.connect(folder / f"{experiment}.db")) as database:
         rows = database.execute(
             "SELECT step, metrics FROM metrics WHERE run_name = ?", (run,)
         ).fetchall()
