@@ -306,6 +306,7 @@ def test_output_onto_a_full_disk_is_one_line(tmp_path: Path) -> None:
             done = subprocess.run(
                 [sys.executable, "-m", "vaeq", *words],
                 cwd=tmp_path,
+                env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
                 stdout=full,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -96,6 +96,7 @@ def main() -> None:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may ignore it
             handle_between(signal.SIGINT, signal.default_int_handler)
         _dispatch(sys.argv[1:])
+        sys.stdout.flush()  # what a full disk refuses is said here, not by Python at its exit
     except InputError as error:
         _exit(str(error), BAD_INPUT)
     except VaeqError as error:
