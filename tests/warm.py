@@ -12,12 +12,16 @@ import contextlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
+
+# Seconds that a command may take.
+_LONGEST = 300
 
 
 class Warm:
@@ -43,6 +47,8 @@ class Warm:
             self._process.stdin.write(json.dumps({**order, "env": dict(os.environ)}) + "\n")
             self._process.stdin.flush()
             status = int(self._process.stdout.readline())
+            if status == -signal.SIGALRM:
+                raise subprocess.TimeoutExpired(["vaeq", *words], _LONGEST)
             return subprocess.CompletedProcess(
                 ["vaeq", *words], status, out.read_text("utf-8"), err.read_text("utf-8")
             )
@@ -80,6 +86,7 @@ def _become(order: dict[str, Any]) -> None:
         os.environ.clear()
         os.environ.update(order["env"], OMP_NUM_THREADS="1")
         os.chdir(order["cwd"])
+        signal.alarm(_LONGEST)
         sys.path[0] = ""
         sys.argv = ["vaeq", *order["words"]]
         try:
