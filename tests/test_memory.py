@@ -54,7 +54,7 @@ print(needed(config).total / (1024 * int(line.split()[1])))
         ("conv", (20, 33, 3), (4, 2)),
     ],
 )
-def test_the_weights_and_units_are_those_of_the_network(
+def test_the_sizes_are_those_of_the_network(
     model: str, shape: tuple[int, ...], depths: tuple[int, int]
 ) -> None:
     config = RunConfig(
@@ -67,12 +67,16 @@ def test_the_weights_and_units_are_those_of_the_network(
     for part, (network, sizes) in enumerate(parts):
         assert sizes.weights == sum(value.numel() for value in network.parameters())
         x = torch.zeros(1, (math.prod(shape), 5)[part])
-        units = [x.numel()]
+        units, products = [x.numel()], 0
         for layer in network:
-            x = layer(x)
+            before, x = x, layer(x)
             if any(True for _ in layer.parameters()):
                 units.append(x.numel())
+                # A kernel is applied at every place of the smaller image; a matrix once.
+                places = min(math.prod(before.shape[2:]), math.prod(x.shape[2:]))
+                products += layer.get_parameter("weight").numel() * places
         assert list(sizes.units) == units
+        assert sizes.products == products
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.console import Console
 from vaeq.config import SCHEMA_VERSION, RunConfig, config_hash, run_name
 from vaeq.errors import DiskError, InputError, RunsFailed, Taken
 from vaeq.launch.progress import Event
+from vaeq.memory import networks
 from vaeq.runs.lock import RunLock
 from vaeq.runs.record import (
     RECORD,
@@ -71,26 +71,7 @@ class SweepResult:
 def work(config: RunConfig) -> float:
     """About how long a run takes, in multiplications: to start the longest first."""
     images = config.epochs * (config.data.n_train or 60_000)
-    if config.model == "conv":
-        encoder_work = _convolutions(config.encoder_depth, config.encoder_width)
-        decoder_work = _convolutions(config.decoder_depth, config.decoder_width)
-        return float(encoder_work + decoder_work) * images
-    pixels = 784
-    encoder = [pixels, *[config.encoder_width] * config.encoder_depth, 2 * config.latent_dim]
-    decoder = [config.latent_dim, *[config.decoder_width] * config.decoder_depth, pixels]
-    weights = sum(a * b for sizes in (encoder, decoder) for a, b in pairwise(sizes))
-    return float(weights) * images
-
-
-def _convolutions(depth: int, width: int) -> int:
-    """Multiplications of a stack of convolutions and its dense layer, see vaeq.models.conv."""
-    first = max(1, width // 16)
-    side, channels, total = 28, 1, 0
-    for i in range(depth):
-        side //= 2
-        total += 16 * channels * (first << i) * side**2
-        channels = first << i
-    return total + channels * side**2 * width
+    return float(sum(network.products for network in networks(config))) * images
 
 
 def run_sweep(
