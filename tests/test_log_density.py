@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vaeq import threads as threads_module
 from vaeq.posterior import log_density
 from vaeq.posterior.log_density import MixtureLogDensity, rounds_products
 
@@ -173,7 +174,7 @@ def test_threads_and_their_absence_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     before = torch.get_num_threads()
     results = []
     for threads, openmp in ((1, True), (2, True), (2, False)):
-        monkeypatch.setattr(log_density, "_threads_are_openmp", lambda openmp=openmp: openmp)
+        monkeypatch.setattr(threads_module, "_threads_are_openmp", lambda openmp=openmp: openmp)
         torch.set_num_threads(threads)
         try:
             results.append(MixtureLogDensity(mean, logvar)(z.float()))

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from scipy import integrate, optimize, special
 
 from vaeq.divergence import marginals as marginals_function
-from vaeq.divergence.marginals import _NODES, _TO_NODES, _WEIGHTS, _tabulate, marginals
+from vaeq.divergence import tabulated
+from vaeq.divergence.marginals import _TO_NODES, marginals
+from vaeq.divergence.tabulated import NODES, WEIGHTS, tabulate
 from vaeq.posterior.aggregated import AggregatedPosterior
 
 Array = NDArray[np.float64]
@@ -156,21 +158,59 @@ def test_the_tabulated_density_is_exact_at_every_scale() -> None:
     generator = np.random.default_rng(3)
     mean = generator.normal(size=400) * 3
     std = 10.0 ** generator.uniform(-4, 1, size=400)
-    table = _tabulate(mean, std)
+    table = tabulate(mean, std)
     exact = mixture_pdf(table.nodes(), mean, std)
     # A component's polynomial is off by 1e-11 of that component's peak, 1/(N σ √2π).
     reach = np.abs(table.nodes()[..., None] - mean) < 20 * std
     peak = np.where(reach, 1 / std, 0).mean(-1) / math.sqrt(2 * math.pi)
     assert (np.abs(table.density - exact) <= 1e-10 * peak).all()
-    mass = 0.5 * table.width * (table.density @ _WEIGHTS)
+    mass = 0.5 * table.width * (table.density @ WEIGHTS)
     assert mass.sum() == pytest.approx(1.0, abs=1e-12)
     assert (table.left[1:] >= table.left[:-1] + table.width[:-1] - 1e-12).all()
 
 
+@pytest.mark.parametrize("spread", [0.02, 0.5, 3.0, 40.0])
+@pytest.mark.parametrize("octaves", [0.1, 1.0, 4.0])
+def test_components_summed_together_are_those_summed_one_by_one(
+    spread: float, octaves: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two programs for one density; the second is what the sum is by definition.
+    generator = np.random.default_rng(5)
+    mean = generator.normal(size=20_000) * spread + 0.3
+    std = 0.2 * 2.0 ** (octaves * generator.uniform(-1, 1, size=20_000))
+    together = tabulate(mean, std)
+    monkeypatch.setattr(tabulated, "_CROWD", len(mean) + 1)
+    one_by_one = tabulate(mean, std)
+    np.testing.assert_array_equal(together.left, one_by_one.left)
+    np.testing.assert_array_equal(together.width, one_by_one.width)
+    # 1e-14 of a peak for each component; their errors have either sign.
+    peak = (1 / std).mean() / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(together.density, one_by_one.density, rtol=0, atol=1e-14 * peak)
+    rows = generator.integers(len(together.left), size=3)
+    exact = mixture_pdf(together.nodes()[rows], mean, std)
+    np.testing.assert_allclose(together.density[rows], exact, rtol=0, atol=1e-11 * peak)
+
+
+@pytest.mark.parametrize("std", [0.2500001, 0.3, 0.4999999])
+@pytest.mark.parametrize("place", [0.0, 1e-9, 0.5, 1 - 1e-9])
+def test_a_crowd_at_the_edges_of_its_panel_and_octave(place: float, std: float) -> None:
+    # Equal components: the mixture is one Gaussian. Its σ fills its panels of width 1 from end to
+    # end of the octave, at every size.
+    for size in (2.0**-13, 1.0, 2.0**5):
+        mean, width = (
+            np.full(tabulated._CROWD, size * (3 + place)),
+            np.full(tabulated._CROWD, size * std),
+        )
+        table = tabulate(mean, width)
+        assert set(table.width) == {size}
+        exact = mixture_pdf(table.nodes(), mean[:1], width[:1])
+        np.testing.assert_allclose(table.density, exact, rtol=0, atol=3e-14 * exact.max())
+
+
 def test_partial_integrals_of_a_polynomial() -> None:
     powers = np.arange(24)
-    values = _NODES[:, None] ** powers
-    expected = (_NODES[:, None] ** (powers + 1) - (-1.0) ** (powers + 1)) / (powers + 1)
+    values = NODES[:, None] ** powers
+    expected = (NODES[:, None] ** (powers + 1) - (-1.0) ** (powers + 1)) / (powers + 1)
     np.testing.assert_allclose(_TO_NODES @ values, expected, atol=1e-14)
 
 

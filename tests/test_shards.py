@@ -21,8 +21,9 @@ from tests.conftest import Run
 from tests.soak import times
 from vaeq.divergence import marginals, moment_kl
 from vaeq.divergence.decomposition import kl_per_image, marginal_kl
-from vaeq.divergence.marginals import _mixed, _tabulate
 from vaeq.divergence.reverse import reverse_marginal_kl
+from vaeq.divergence.tabulated import mixed as mixed_tables
+from vaeq.divergence.tabulated import tabulate
 from vaeq.divergence.uniform import uniform_view
 from vaeq.errors import InputError, VaeqError
 from vaeq.files.npy import NpyRows
@@ -164,8 +165,8 @@ def test_tables_of_parts_add_up_to_the_table_of_the_whole(data: st.DataObject) -
     cut = data.draw(st.integers(1, len(components) - 1))
     mean, log_std = (np.array(column) for column in zip(*components, strict=True))
     std = np.exp(log_std)
-    parts = [_tabulate(mean[:cut], std[:cut]), _tabulate(mean[cut:], std[cut:])]
-    mixed = _mixed(parts, [cut / len(mean), 1 - cut / len(mean)])
+    parts = [tabulate(mean[:cut], std[:cut]), tabulate(mean[cut:], std[cut:])]
+    mixed = mixed_tables(parts, [cut / len(mean), 1 - cut / len(mean)])
     right = mixed.left + mixed.width
     assert (mixed.left[1:] >= right[:-1]).all()
     x = mixed.nodes()

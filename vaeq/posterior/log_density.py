@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 
 import torch
+
+from vaeq.threads import in_threads
 
 _LOG2_E = math.log2(math.e)
 _LOG_2PI = math.log(2 * math.pi)
@@ -140,7 +141,9 @@ class MixtureLogDensity:
         total = torch.full_like(z[:, 0], -math.inf)
         for members in index.split(block):
             keys = [self._keys(part, dtype) for part in members.split(columns)]
-            found = _in_threads(lambda chunk: _log2_sum(chunk, keys), queries.split(rows))  # noqa: B023
+            each = functools.partial(_log2_sum, tiles=keys)
+            side_by_side = in_threads if z.device.type == "cpu" else map
+            found = list(side_by_side(each, queries.split(rows)))
             total = torch.logaddexp2(total, torch.cat(found))
         return total
 
@@ -264,34 +267,3 @@ def _log2_sum(queries: torch.Tensor, tiles: list[torch.Tensor]) -> torch.Tensor:
         total += part
     assert shift is not None
     return shift.double() + torch.log2(total)
-
-
-def _in_threads(
-    function: Callable[[torch.Tensor], torch.Tensor], chunks: tuple[torch.Tensor, ...]
-) -> list[torch.Tensor]:
-    """Chunks of rows in parallel, each on one thread.
-
-    Threads inside the operations would meet at a barrier five times a tile, and idle there.
-    """
-    threads = min(torch.get_num_threads(), len(chunks))
-    if threads == 1 or chunks[0].device.type != "cpu" or not _threads_are_openmp():
-        return [function(chunk) for chunk in chunks]
-
-    def alone(chunk: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # both are kept by thread
-            return function(chunk)
-
-    # The number of threads of an operation belongs to the thread that calls it; torch keeps a
-    # default for new threads too, which is put back.
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(alone, chunks))
-    finally:
-        torch.set_num_threads(before)
-
-
-@functools.cache
-def _threads_are_openmp() -> bool:
-    """Whether the number of threads can be set by thread, as under OpenMP."""
-    return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
