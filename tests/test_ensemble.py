@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vaeq.data.images import Images
 from vaeq.errors import TrainingDiverged, VaeqError
 from vaeq.experiment import measuring
 from vaeq.launch.progress import Event
+from vaeq.measurement import Measurement, measure
 from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.models.mlp import ACTIVATIONS, VAE
 from vaeq.runs.record import RunRecord, read_record, run_directory
@@ -272,6 +274,55 @@ def test_likelihoods_that_fail_together_are_asked_one_by_one(
     for ending in endings:
         assert isinstance(ending, RunRecord)
         assert ending.estimates["log_likelihood"]["value"] < 0
+
+
+def test_members_are_measured_side_by_side(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each waits inside its measure for another one to come there.
+    both = threading.Barrier(2, timeout=120)
+
+    def measured(*args: Any, **kwargs: Any) -> Measurement:
+        both.wait()
+        found = measure(*args, **kwargs)
+        again = measure(*args, **kwargs)
+        assert found.to_dict() == again.to_dict()
+        return found
+
+    monkeypatch.setattr(measuring, "measure", measured)
+    before = torch.get_num_threads()
+    try:
+        endings = experiment.run_ensemble(configs(tiny), lambda event: None, threads=2)
+    finally:
+        torch.set_num_threads(before)
+    records = [ending for ending in endings if isinstance(ending, RunRecord)]
+    assert len(records) == 4
+    for record in records:
+        assert record.timing["measure_seconds"] > 0
+        parts = (record.estimates[name]["value"] for name in ("mutual_information", "marginal_kl"))
+        assert sum(parts) == pytest.approx(record.estimates["kl_per_image"]["value"], abs=1e-9)
+
+
+def test_a_member_that_cannot_be_measured_fails_alone(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(mean: torch.Tensor, *args: Any, **kwargs: Any) -> Measurement:
+        if mean.shape[1] == 3:
+            raise RuntimeError("not this one")
+        return measure(mean, *args, **kwargs)
+
+    monkeypatch.setattr(measuring, "measure", measured)
+    members = configs(tiny)
+    endings = experiment.run_ensemble(members, lambda event: None, threads=1)
+    for config, ending in zip(members, endings, strict=True):
+        record = read_record(run_directory(config) / "record.json")
+        if config.latent_dim == 3:
+            assert isinstance(ending, RuntimeError)
+            assert record.state == "failed"
+            assert record.failure is not None
+            assert record.failure["message"] == "RuntimeError: not this one"
+        else:
+            assert record == ending
 
 
 def test_a_member_is_resumed_alone_and_the_others_are_skipped(

@@ -74,6 +74,7 @@ def needed(
     config: RunConfig,
     *,
     members: int = 1,
+    threads: int = 1,
     shape: Sequence[int] = _SHAPE,
     n_train: int | None = None,
     n_test: int | None = None,
@@ -89,6 +90,7 @@ def needed(
     Args:
         config: of the run; where ``members`` is larger, the one with most weights.
         members: of an ensemble; 1 for a run by itself.
+        threads: on which members are measured side by side.
         shape, n_train, n_test: of its images, where they are known; else MNIST's, or what
             ``data.n_train`` and ``data.n_test`` leave of them.
 
@@ -111,7 +113,7 @@ def needed(
     training = members * (10 * parameters + steps) + 8 * parameters + block
     together = min(members, 16)
     encoding = min(_ENCODED_BATCH, n_train) * 8 * sum(encoder.units) * together
-    estimators = _ESTIMATORS + 3 * codes
+    estimators = min(members, threads) * (_ESTIMATORS + 3 * codes)
     measuring = members * 3 * parameters + together * (parameters + codes)
     measuring += max(encoding, estimators)
     return Need(PROCESS, images, training, measuring)

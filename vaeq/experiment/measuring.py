@@ -1,11 +1,11 @@
-"""Runs that are trained: encoded and judged together, measured one by one, and recorded."""
+"""Runs that are trained: encoded, judged and measured together, and recorded one by one."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from vaeq.generation.panel import ANNEALED, LIKELIHOOD, Decoder, likelihoods
 from vaeq.generation.quality import FLOOR, missing_quality
 from vaeq.generation.samplers import SOURCES
 from vaeq.launch.progress import Event
-from vaeq.measurement import estimate_names, measure
+from vaeq.measurement import Measurement, estimate_names, measure
 from vaeq.models.elbo import held_out_elbo
 from vaeq.models.ppca import fit_ppca
 from vaeq.posterior.codes import CodesWarning
@@ -38,6 +38,7 @@ from vaeq.runs.record import (
     write_record,
 )
 from vaeq.seeds import derive_seed
+from vaeq.threads import in_threads
 from vaeq.training.checkpoint import save_weights
 from vaeq.training.ensemble import Ensemble, Moments, encode_all
 
@@ -73,20 +74,67 @@ def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
         for vae, train, test in zip(vaes, *codes, strict=True)
     ]
     judged = _judge_together(runs, decoders) if len(runs) > 1 else [None] * len(runs)
-    return [
-        finish(run, partial(_measure_vae, run, decoder, known))
-        for run, decoder, known in zip(runs, decoders, judged, strict=True)
-    ]
+    # The flow takes its first weights from torch's own generator, of which a process has one.
+    at_once = 1 if runs[0].config.measure.flow else torch.get_num_threads()
+    endings: list[RunRecord | Exception] = []
+    for start in range(0, len(runs), at_once):
+        some = slice(start, start + at_once)
+        panels = _panels(runs[some], [(d.codes, d.test_codes) for d in decoders[some]])
+        endings += [
+            finish(run, partial(_measure_vae, run, decoder, known, panel))
+            for run, decoder, known, panel in zip(
+                runs[some], decoders[some], judged[some], panels, strict=True
+            )
+        ]
+    return endings
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The estimates for the codes of a run, or why there are none; and the run's share of time."""
+
+    found: Measurement | Exception
+    seconds: float
+
+
+def _panels(runs: Sequence[Run], codes: Sequence[tuple[Codes, Codes]]) -> list[_Panel]:
+    """The panel of each run, a thread each: what is small in one leaves a second thread idle."""
+    began = time.perf_counter()
+    for run in runs:
+        run.notify(Event("stage", run.name, message="measuring"))
+    with warnings.catch_warnings():
+        # These are log variances, however a young encoder's may look.
+        warnings.simplefilter("ignore", CodesWarning)
+        found = in_threads(_panel, zip(runs, codes, strict=True))
+    share = (time.perf_counter() - began) / len(runs)
+    return [_Panel(one, share) for one in found]
+
+
+def _panel(one: tuple[Run, tuple[Codes, Codes]]) -> Measurement | Exception:
+    run, (train, test) = one
+    wanted = run.config.measure
+    try:
+        return measure(
+            *train,
+            *test,
+            run.images.train_labels,
+            n_samples=wanted.n_samples,
+            seed=derive_seed(run.config.seed, "codes"),
+            panel=wanted.panel,
+            flow=wanted.flow,
+        )
+    except Exception as error:  # of this run alone
+        return error
 
 
 def _judge_together(
     runs: Sequence[Run], decoders: Sequence[Decoder]
-) -> Sequence[tuple[ExPost, dict[str, Estimate]] | None]:
+) -> list[tuple[ExPost, dict[str, Estimate]] | None]:
     """The ex-post mixture of every run, and log p(x) of all as one program, where it is asked for.
 
     None for all also where it fails: asked one by one, the run that cannot have it fails alone.
     """
-    nothing = [None] * len(runs)
+    nothing: list[tuple[ExPost, dict[str, Estimate]] | None] = [None] * len(runs)
     wanted = runs[0].config.generation
     if wanted.n_importance is None:
         return nothing
@@ -112,7 +160,6 @@ def _judge_together(
 
 def finish(run: Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception:
     """Measure and record a run."""
-    run.notify(Event("stage", run.name, message="measuring"))
     try:
         record = measured()
         run.lock.require_held()
@@ -126,7 +173,7 @@ def finish(run: Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception
 
 
 def _measure_vae(
-    run: Run, decoder: Decoder, judged: tuple[ExPost, dict[str, Estimate]] | None
+    run: Run, decoder: Decoder, judged: tuple[ExPost, dict[str, Estimate]] | None, panel: _Panel
 ) -> RunRecord:
     """What there is to know of a trained VAE; its likelihood may be ``judged`` by now."""
     began = time.perf_counter()
@@ -136,9 +183,10 @@ def _measure_vae(
     more, settings, pictures = _generate(run, decoder, judged)
     content = save({name: values.cpu() for name, values in pictures.items()})
     run.keep(PICTURES, content)
-    seconds = sum(row["seconds"] for row in run.history)
-    codes, test_codes = decoder.codes, decoder.test_codes
-    return _record(run, codes, test_codes, estimates | more, settings, generator, began, seconds)
+    train_seconds = sum(row["seconds"] for row in run.history)
+    return _record(
+        run, decoder.codes, panel, estimates | more, settings, generator, began, train_seconds
+    )
 
 
 def measure_ppca(run: Run) -> RunRecord:
@@ -174,7 +222,10 @@ def measure_ppca(run: Run) -> RunRecord:
     }
     codes, test_codes = model.encode(images.observed("train")), model.encode(held_out)
     generator = _generator(run, "measure")
-    return _record(run, codes, test_codes, estimates, settings, generator, began, seconds)
+    model_seconds = time.perf_counter() - began
+    (panel,) = _panels([run], [(codes, test_codes)])
+    began = time.perf_counter() - model_seconds
+    return _record(run, codes, panel, estimates, settings, generator, began, seconds)
 
 
 def _generator(run: Run, *purpose: str) -> torch.Generator:
@@ -215,29 +266,19 @@ def _generate(
 def _record(
     run: Run,
     codes: Codes,
-    test_codes: Codes,
+    panel: _Panel,
     estimates: dict[str, Estimate],
     settings: dict[str, Any],
     generator: torch.Generator,
     began: float,
     train_seconds: float,
 ) -> RunRecord:
-    """Measure the codes, keep some of them for the pictures, and put everything together."""
+    """Keep some of the codes for the pictures, and put everything together."""
+    if isinstance(panel.found, Exception):
+        raise panel.found
     config, images = run.config, run.images
     mean, logvar = codes
-    with warnings.catch_warnings():
-        # These are log variances, however a young encoder's may look.
-        warnings.simplefilter("ignore", CodesWarning)
-        found = measure(
-            mean,
-            logvar,
-            *test_codes,
-            images.train_labels,
-            n_samples=config.measure.n_samples,
-            seed=derive_seed(config.seed, "codes"),
-            panel=config.measure.panel,
-            flow=config.measure.flow,
-        ).to_dict()
+    found = panel.found.to_dict()
     kept = slice(_KEPT_SAMPLES)
     noise = torch.randn(mean[kept].shape, generator=generator, device=mean.device)
     z = (mean[kept] + torch.exp(0.5 * logvar[kept]) * noise).float()
@@ -245,7 +286,7 @@ def _record(
     if images.train_labels is not None:
         samples["label"] = images.train_labels[kept].contiguous()
     run.keep(SAMPLES, save(samples))
-    measure_seconds = time.perf_counter() - began
+    measure_seconds = panel.seconds + time.perf_counter() - began
     return RunRecord(
         "complete",
         asdict(config),

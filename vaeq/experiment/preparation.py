@@ -42,7 +42,8 @@ def prepare(config: RunConfig, members: int = 1) -> tuple[str, Images]:
         require_depth(images.shape, config.encoder_depth, config.decoder_depth)
     if config.model != "ppca":
         n = {"n_train": len(images.train), "n_test": len(images.test)}
-        need = needed(config, members=members, shape=images.shape, **n)
+        threads = torch.get_num_threads()
+        need = needed(config, members=members, threads=threads, shape=images.shape, **n)
         require_memory(need, *free_memory(device), config)
     return precision, images
 
