@@ -36,7 +36,7 @@ _REACH = 8.3
 # As many panels of its own size to either side can a component reach, at σ of half a panel.
 _NEIGHBOURS = 5
 # Chebyshev polynomials in μ, over a panel, and in log σ, over an octave: 1e-14 of a peak.
-_DEGREES = 28, 20
+_DEGREES = 26, 20
 # Components of one panel from which on they are summed together.
 _CROWD = 48
 # Rows worked on at once, components or panels: some megabytes.
@@ -203,14 +203,21 @@ def _union(first: Integers, last: Integers) -> Integers:
 
 
 def _chebyshev(x: Array, out: Array) -> Array:
-    """T_0, T_1, ... at points of [−1, 1], in the first columns of ``out``, a row each."""
+    """T_0, T_1, ... at points of [−1, 1], in the first columns of ``out``, a row each.
+
+    By T_{m+k} = 2 T_m T_k − T_{m−k}, twice as many at each turn: few calls on large arrays, which
+    threads can make side by side.
+    """
     rows = out[:, : len(x)]
     rows[0] = 1
     rows[1] = x
-    twice = 2 * x
-    for k in range(2, len(rows)):
-        np.multiply(twice, rows[k - 1], out=rows[k])
-        rows[k] -= rows[k - 2]
+    done = 1
+    while done < len(rows) - 1:
+        more = min(done, len(rows) - 1 - done)
+        found = rows[done + 1 : done + 1 + more]
+        np.multiply(2 * rows[done], rows[1 : 1 + more], out=found)
+        found -= rows[done - more : done][::-1]
+        done += more
     return rows
 
 
@@ -219,7 +226,7 @@ def _kernel() -> torch.Tensor:
     """K: moments of the components of a panel -> what they add to its neighbours' nodes.
 
     Interpolation at the Chebyshev points of u and v of exp(−½(x − μ)²/σ²)/σ, the panel from 0 to 1.
-    Shape (28 · 20, 11 · 24).
+    Shape (26 · 20, 11 · 24).
     """
     angles = [np.pi * (np.arange(count) + 0.5) / count for count in _DEGREES]
     u, v = np.cos(angles[0]), np.cos(angles[1])
@@ -227,7 +234,7 @@ def _kernel() -> torch.Tensor:
     x = (panels[:, None] + 0.5 + 0.5 * NODES).ravel()
     std = np.exp2(0.5 * (v - 3))
     distance = (x - 0.5 * (u[:, None, None] + 1)) / std[:, None]
-    values = np.exp(-0.5 * distance**2) / std[:, None]  # (28, 20, 264)
+    values = np.exp(-0.5 * distance**2) / std[:, None]  # (26, 20, 264)
     in_mean, in_std = (
         np.where(np.arange(count)[:, None] == 0, 1, 2) / count
         * chebyshev.chebvander(points, count - 1).T
