@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks`: every benchmark, one table after another."""
+"""`python -m tests.benchmarks`: every benchmark but the long ones, a table each."""
 
 from __future__ import annotations
 
@@ -12,4 +12,5 @@ from tests.benchmarks import (
 )
 
 for module in (bench_divergence, bench_shards, bench_training, bench_scale, bench_report):
-    harness.main(module.__name__.rpartition("bench_")[2], module.BENCHMARKS)
+    name = module.__name__.rpartition("bench_")[2]
+    harness.main(name, module.BENCHMARKS, long=getattr(module, "LONG", ()))

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +23,8 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.harness import REPEATS, main, say, seconds, summary, three
-from vaeq.divergence import bracket, marginal_kl, marginals
+from tests.benchmarks.harness import REPEATS, in_turn, main, say, seconds, summary, three
+from vaeq.divergence import bracket, marginal_kl, marginals, tabulated
 from vaeq.divergence.reverse import reverse_marginal_kl
 from vaeq.divergence.two_sample import REPEATS as REPEATS_OF_PAIRS
 from vaeq.divergence.two_sample import two_sample
@@ -44,18 +45,6 @@ def codes(n: int, dims: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]
     )
     mean = torch.randn(n, dims, generator=generator) * (1 - std**2).clamp_min(1e-3).sqrt()
     return mean, 2 * std.log()
-
-
-def in_turn(runs: dict[str, tuple[Callable[[], object], float]]) -> dict[str, list[float]]:
-    """Scaled seconds of each run, one after another in every repeat, as machines have moods."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(REPEATS + 1):
-        for name, (run, scale) in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat:  # the first is not counted
-                times[name].append(scale * (time.perf_counter() - start))
-    return times
 
 
 def broadcast(z: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -198,12 +187,16 @@ def bench_extremes() -> list[dict[str, Any]]:
 
 
 def bench_marginals() -> list[dict[str, Any]]:
-    say(f"one-dimensional quadrature (kl, ks and w2), N = {IMAGES}; error in nats, closed form")
-    say(f"{'D':>4} {'seconds':>20}   {'max error':>10}")
+    say(f"one-dimensional quadrature (kl, ks and w2), N = {IMAGES}, and its time where components "
+        "are exponentiated one by one; error in nats, closed form")  # fmt: skip
+    say(f"{'D':>4} {'seconds':>22} {'one by one':>22} {'ratio':>20} {'max error':>10}")
     rows = []
     for dims in (2, 8, 32):
         posterior = AggregatedPosterior(*codes(IMAGES, dims))
-        times = summary(seconds(lambda: marginals(posterior)))  # noqa: B023
+        runs = (lambda: marginals(posterior)), (lambda: marginals_one_by_one(posterior))  # noqa: B023
+        times = in_turn({"together": (runs[0], 1), "one by one": (runs[1], 1)})
+        together, apart = times["together"], times["one by one"]
+        ratios = summary([a / t for a, t in zip(apart, together, strict=True)])
         # Every image alike: q_N,j is one Gaussian, with a KL in closed form.
         std = torch.logspace(-4, 1, dims, dtype=torch.float64)
         mean = torch.linspace(-50, 50, dims, dtype=torch.float64)
@@ -215,10 +208,19 @@ def bench_marginals() -> list[dict[str, Any]]:
         error = float(
             (torch.tensor(marginals(alike)["kl"], dtype=torch.float64) - truth).abs().max()
         )
-        rows.append({"latent_dim": dims, "seconds": times, "max_error": error})
-        say(f"{dims:>4} {three(times):>20}   {error:>10.1e}")
+        row = {"latent_dim": dims, "seconds": summary(together), "one_by_one": summary(apart),
+               "ratio": ratios, "max_error": error}  # fmt: skip
+        rows.append(row)
+        say(f"{dims:>4} {three(row['seconds']):>22} {three(row['one_by_one']):>22} "
+            f"{three(ratios):>20} {error:>10.1e}")  # fmt: skip
     say("")
     return rows
+
+
+def marginals_one_by_one(posterior: AggregatedPosterior) -> None:
+    """The same table with an exponential a component and node."""
+    with unittest.mock.patch.object(tabulated, "_CROWD", posterior.n + 1):
+        marginals(posterior)
 
 
 COVERAGE_REPEATS = 200
@@ -384,10 +386,11 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "large": bench_large,
     "panel": bench_panel,
 }
+LONG = ("coverage",)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
         report_peak(*(int(value) for value in sys.argv[2:5]))
     else:
-        main("divergence", BENCHMARKS, sys.argv[1:])
+        main("divergence", BENCHMARKS, sys.argv[1:], long=LONG)

@@ -113,6 +113,7 @@ def resident(process: int | None = None) -> float:
 
 
 BENCHMARKS: dict[str, Callable[[], Rows]] = {"overhead": bench_overhead, "many": bench_many}
+LONG = ("many",)
 
 if __name__ == "__main__":
-    main("scale", BENCHMARKS, sys.argv[1:])
+    main("scale", BENCHMARKS, sys.argv[1:], long=LONG)

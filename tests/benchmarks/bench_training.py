@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 
 from tests.benchmarks import textbook
-from tests.benchmarks.harness import REPEATS, main, say, summary, three
+from tests.benchmarks.harness import REPEATS, in_turn, main, say, summary, three
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
 from vaeq.data.images import load_images
-from vaeq.divergence import marginal_kl
+from vaeq.divergence import decompose, marginal_kl
 from vaeq.divergence.marginals import marginals
 from vaeq.errors import VaeqError
 from vaeq.experiment import build, recipe
@@ -32,6 +32,7 @@ from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.launch.pool import Pool, available_cores
 from vaeq.launch.sweep import SweepResult
 from vaeq.posterior.aggregated import AggregatedPosterior
+from vaeq.threads import in_threads
 from vaeq.training.ensemble import Ensemble, encode_all
 from vaeq.training.loop import State, fit, fit_together, train_epoch
 
@@ -224,8 +225,8 @@ def bench_ensemble() -> list[dict[str, Any]]:
     """Runs of one shape as one program against the same runs one after another."""
     device, precision = device_and_precision()
     images = load_images(n_train=SOME_IMAGES).to(device)
-    say(f"an epoch of 8 runs of 784-500-500-D, D = 2 to 16, on {device.type}: together against one "
-        "after another")  # fmt: skip
+    say(f"8 runs of 784-500-500-D, D = 2 to 16, on {device.type}: together against one after "
+        "another")  # fmt: skip
     configs = [replace(DEEP, latent_dim=d, seed=s) for d in (2, 4, 8, 16) for s in (0, 1)]
     together, alone = [], []
     for repeat in range(REPEATS + 1):
@@ -240,15 +241,41 @@ def bench_ensemble() -> list[dict[str, Any]]:
         if repeat:
             together.append(seconds)
             alone.append(single)
-    ratios = [a / t for a, t in zip(alone, together, strict=True)]
-    say(f"  together {three(summary(together))} s, alone {three(summary(alone))} s, "
-        f"ratio {three(summary(ratios))}\n")  # fmt: skip
-    return [{"together": summary(together), "alone": summary(alone), "ratio": summary(ratios)}]
+    rows = [compared("an epoch", together, alone)]
+    states = [build(config, images) for config in configs]
+    posteriors = [AggregatedPosterior(*codes) for codes in encode_all([s.vae for s in states],
+                                                                     images.train)]  # fmt: skip
+
+    def decomposed(posterior: AggregatedPosterior) -> object:
+        return decompose(posterior, 10_000, torch.Generator().manual_seed(0))
+
+    times = in_turn(
+        {
+            "together": (lambda: in_threads(decomposed, posteriors), 1),
+            "alone": (lambda: [decomposed(p) for p in posteriors], 1),
+        }
+    )
+    rows.append(compared("the decomposition", times["together"], times["alone"]))
+    say("")
+    return rows
+
+
+def compared(what: str, together: list[float], alone: list[float]) -> dict[str, Any]:
+    ratio = summary([a / t for a, t in zip(alone, together, strict=True)])
+    say(f"  {what:<18} together {three(summary(together)):>20} s, alone "
+        f"{three(summary(alone)):>20} s, ratio {three(ratio)}")  # fmt: skip
+    return {
+        "what": what,
+        "together": summary(together),
+        "alone": summary(alone),
+        "ratio": ratio,
+    }
 
 
 def bench_startup() -> list[dict[str, Any]]:
     """What a person waits for before anything happens."""
     first_step = (
+        "import time, torch\nbegan = time.perf_counter()\n"
         "from vaeq.config import RunConfig; from vaeq.experiment import prepare, build, recipe\n"
         "from vaeq.training.ensemble import Ensemble; from vaeq.training.loop import train_epoch\n"
         "c = RunConfig(); precision, images = prepare(c); s = build(c, images)\n"
@@ -256,7 +283,7 @@ def bench_startup() -> list[dict[str, Any]]:
         "class Stop(Exception): pass\n"
         "def once(*batch):\n    e.step(*batch); raise Stop\n"
         "try: train_epoch(e, images, [recipe(c)], 1, once)\n"
-        "except Stop: pass\n"
+        "except Stop: print(time.perf_counter() - began)\n"
     )
     commands = {
         "import torch, the floor": [sys.executable, "-c", "import torch"],
@@ -265,12 +292,15 @@ def bench_startup() -> list[dict[str, Any]]:
         "to the first step": [sys.executable, "-c", first_step],
     }
     say(f"starting up, seconds (min / median / max of {REPEATS})")
-    times: dict[str, list[float]] = {name: [] for name in commands}
+    last = "of it without import torch"
+    times: dict[str, list[float]] = {name: [] for name in (*commands, last)}
     for _ in range(REPEATS):
         for name, command in commands.items():
             began = time.perf_counter()
-            subprocess.run(command, capture_output=True, check=False, env={**os.environ})
+            found = subprocess.run(command, capture_output=True, check=False, env={**os.environ})
             times[name].append(time.perf_counter() - began)
+            if command[-1] == first_step:
+                times[last].append(float(found.stdout))
     for name, taken in times.items():
         say(f"  {name:<26} {three(summary(taken))}")
     say("")
@@ -279,7 +309,10 @@ def bench_startup() -> list[dict[str, Any]]:
 
 def bench_precision() -> list[dict[str, Any]]:
     """Does bf16 move the science? The same seeds in both, against the spread over seeds."""
-    device = resolve_device("auto")
+    device, best = device_and_precision()
+    if best != "bf16":
+        say(f"bf16 against fp32: left out, {device.type} has no products in bf16 here\n")
+        return []
     images = load_images().to(device)
     say("bf16 against fp32, 5 seeds each, MLP 2x500, 10 epochs: mean ± sd over seeds, and the "
         "difference in units of its standard error")  # fmt: skip

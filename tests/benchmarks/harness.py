@@ -44,6 +44,18 @@ def seconds(run: Callable[[], object], repeats: int = REPEATS) -> list[float]:
     return [clocked(run) for _ in range(repeats)]
 
 
+def in_turn(runs: dict[str, tuple[Callable[[], object], float]]) -> dict[str, list[float]]:
+    """Scaled seconds of each run, one after another in every repeat, as machines have moods."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(REPEATS + 1):
+        for name, (run, scale) in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat:  # the first is not counted
+                times[name].append(scale * (time.perf_counter() - start))
+    return times
+
+
 def clocked(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
@@ -64,17 +76,24 @@ def machine() -> dict[str, Any]:
 
 
 def main(
-    name: str, benchmarks: Mapping[str, Callable[[], Rows]], chosen: Sequence[str] = ()
+    name: str,
+    benchmarks: Mapping[str, Callable[[], Rows]],
+    chosen: Sequence[str] = (),
+    *,
+    long: Sequence[str] = (),
 ) -> None:
-    """Run the benchmarks chosen, or all; results join those of the others in the file."""
+    """Run the benchmarks chosen, or all but the long ones; results join the others in the file."""
     said = machine()
     say(", ".join(f"{key} {value}" for key, value in said.items() if value is not None) + "\n")
     output = FOLDER / f"{name}.json"
     results: dict[str, Any] = {}
     if output.exists():  # what is not measured anew is kept
         results = json.loads(output.read_text())
-    for key in chosen or benchmarks:
+    for key in chosen or [key for key in benchmarks if key not in long]:
         results[key] = {"machine": said, "rows": benchmarks[key]()}
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results, indent=2) + "\n")
     say(f"written to {output}")
+    if long and not chosen:
+        named = " ".join(long)
+        say(f"left out, as long as all others: python -m tests.benchmarks.bench_{name} {named}")
