@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,26 +146,15 @@ class _Components:
             self.take(~crowded)._add_one_by_one(density, panels)
 
     def _add_together(self, density: Array, panels: Integers) -> None:
-        kernel = _kernel()
-        u, v = 2 * self.place - 1, 2 * np.log2(self.std) + 3
-        in_mean, in_std = (np.empty((count, min(len(u), _BLOCK))) for count in _DEGREES)
         own = self.panel[self.opens]
         reach_left = np.minimum.reduceat(self.first, self.opens) - own
         reach_right = np.maximum.reduceat(self.last, self.opens) - own
+        u, v = 2 * self.place - 1, 2 * np.log2(self.std) + 3
         ends = [*self.opens.tolist(), len(self.panel)]
         for start in range(0, len(own), _PANELS_TOGETHER):
-            some = slice(start, min(start + _PANELS_TOGETHER, len(own)))
-            moments = torch.zeros(some.stop - start, *_DEGREES, dtype=torch.float64)
-            for begin in range(ends[start], ends[some.stop], _BLOCK):
-                end = min(begin + _BLOCK, ends[some.stop])
-                left = torch.from_numpy(_chebyshev(u[begin:end], in_mean))
-                right = torch.from_numpy(_chebyshev(v[begin:end], in_std)).T
-                place = np.searchsorted(ends, begin, side="right") - 1
-                while place < some.stop and ends[place] < end:
-                    part = slice(max(ends[place] - begin, 0), min(ends[place + 1], end) - begin)
-                    moments[place - start].addmm_(left[:, part], right[part])
-                    place += 1
-            added = (moments.flatten(1) @ kernel).view(len(moments), -1, len(NODES)).numpy()
+            some = slice(start, start + _PANELS_TOGETHER)
+            moments = _moments(u, v, ends[start : start + _PANELS_TOGETHER + 1])
+            added = (moments @ _kernel()).view(len(moments), -1, len(NODES)).numpy()
             for i in range(2 * _NEIGHBOURS + 1):
                 offset = i - _NEIGHBOURS
                 inside = (reach_left[some] <= offset) & (offset <= reach_right[some])
@@ -219,6 +209,21 @@ def _chebyshev(x: Array, out: Array) -> Array:
         found -= rows[done - more : done][::-1]
         done += more
     return rows
+
+
+def _moments(u: Array, v: Array, ends: Sequence[int]) -> torch.Tensor:
+    """Σ T_a(u) T_b(v) over ends[k] up to ends[k + 1], for every k, (len(ends) − 1, 26 · 20)."""
+    moments = torch.zeros(len(ends) - 1, *_DEGREES, dtype=torch.float64)
+    width = min(ends[-1] - ends[0], _BLOCK)
+    in_mean, in_std = (np.empty((count, width)) for count in _DEGREES)
+    for begin in range(ends[0], ends[-1], _BLOCK):
+        end = min(begin + _BLOCK, ends[-1])
+        left = torch.from_numpy(_chebyshev(u[begin:end], in_mean))
+        right = torch.from_numpy(_chebyshev(v[begin:end], in_std)).T
+        for k in range(bisect_right(ends, begin) - 1, bisect_left(ends, end)):
+            part = slice(max(ends[k], begin) - begin, min(ends[k + 1], end) - begin)
+            moments[k].addmm_(left[:, part], right[part])
+    return moments.flatten(1)
 
 
 @functools.cache
