@@ -7,6 +7,7 @@ distributions at finite n. Without their null they would call any high-dimension
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -177,37 +178,37 @@ def _distance_statistics(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
     half = count // 2
     both = torch.cat([x, y])
     both = both - both.mean(0)
-    square = both.square().sum(1)
-    largest = float(square.max())
+    largest = float(both.square().sum(1).max())
     if largest > _DOUBLE_RESOLVES:
         return dict.fromkeys(("mmd", "energy_distance", "c2st_auc"), math.nan)
     if largest < _SINGLE_RESOLVES:
         both = both.float()
-        square = both.square().sum(1)
     neighbours = max(1, round(math.sqrt(count)))
-    known = torch.arange(half, device=both.device)
-    known = torch.cat([known, known + count])  # classified by these, half of x and half of y
-    kernel_sum = torch.zeros(2, 2, dtype=torch.float64)  # by sample of a and of b
-    distance_sum = torch.zeros(2, 2, dtype=torch.float64)
+    # Of each sample its first half, by which the other is classified.
+    known, asked = (
+        [both[sample * count : (sample + 1) * count][part] for sample in (0, 1)]
+        for part in (slice(half), slice(half, None))
+    )
+    sums = torch.zeros(2, 2, 2, dtype=torch.float64)  # kernel and distance, by sample of a and of b
     votes: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    # Every pair once: what lies off the diagonal stands for its mirror image, too.
     for sample in (0, 1):
-        for start in range(0, count, _ROWS):
-            rows = torch.arange(start, min(start + _ROWS, count), device=both.device)
-            part = both[rows + sample * count]
-            squared = torch.addmm(square, part, both.T, alpha=-2)
-            squared += part.square().sum(1)[:, None]
-            squared[rows - start, rows + sample * count] = 0
-            squared.clamp_min_(0)  # rounding leaves squares of −1e-6
-            distances = squared.sqrt()
-            kernel = squared.add_(1).rsqrt_()
-            for other in (0, 1):
-                block = slice(other * count, (other + 1) * count)
-                kernel_sum[sample, other] += float(kernel[:, block].sum(dtype=torch.float64))
-                distance_sum[sample, other] += float(distances[:, block].sum(dtype=torch.float64))
-            asked = distances[rows >= half]
-            if len(asked):
-                nearest = asked[:, known].topk(neighbours, 1, largest=False, sorted=False)
-                votes[sample].append((nearest.indices < half).sum(1))
+        for distances in _distances(asked[sample], torch.cat(known)):
+            nearest = distances.topk(neighbours, 1, largest=False, sorted=False)
+            votes[sample].append((nearest.indices < half).sum(1))
+            for other, block in enumerate(distances.split(half, 1)):
+                added = _kernel_and_distance(block)
+                sums[:, sample, other] += added
+                sums[:, other, sample] += added
+    for group in (known, asked):
+        for sample, other in ((0, 0), (0, 1), (1, 1)):
+            same = sample == other
+            for block in _distances(group[sample], group[other], same=same):
+                added = _kernel_and_distance(block)
+                sums[:, sample, other] += added
+                if not same:
+                    sums[:, other, sample] += added
+    kernel_sum, distance_sum = sums
     kernel_mean, distance_mean = kernel_sum / count**2, distance_sum / count**2
     contrast = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     # Both forms are squared norms, so below 0 by rounding alone: where the samples are the same.
@@ -216,6 +217,23 @@ def _distance_statistics(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
         "energy_distance": math.sqrt(max(-float((distance_mean * contrast).sum()), 0.0)),
         "c2st_auc": _auc(torch.cat(votes[0]), torch.cat(votes[1]), neighbours),
     }
+
+
+def _distances(a: torch.Tensor, b: torch.Tensor, same: bool = False) -> Iterator[torch.Tensor]:
+    """|a − b| of all pairs of (n, D) and (m, D), some rows at a time; exactly 0 for the same."""
+    square = b.square().sum(1)
+    for start, part in enumerate(a.split(_ROWS)):
+        squared = torch.addmm(square, part, b.T, alpha=-2)
+        squared += part.square().sum(1)[:, None]
+        if same:
+            squared.diagonal(start * _ROWS).zero_()
+        yield squared.clamp_min_(0).sqrt_()  # rounding leaves squares of −1e-6
+
+
+def _kernel_and_distance(distances: torch.Tensor) -> torch.Tensor:
+    """Sums over pairs of the kernel (1 + |a − b|²)^-½ and of the distance, (2,) on the CPU."""
+    kernel = distances.square().add_(1).rsqrt_()
+    return torch.stack([part.sum(dtype=torch.float64) for part in (kernel, distances)]).cpu()
 
 
 def _auc(x_votes: torch.Tensor, y_votes: torch.Tensor, most: int) -> float:
