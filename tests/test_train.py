@@ -211,7 +211,7 @@ def test_a_loss_that_is_no_number_names_its_epoch(small: Images) -> None:
 def test_codes_without_a_density_are_followed_as_no_number() -> None:
     codes = torch.zeros(2, 10, 3)
     codes[1] = -150.0
-    found = _divergence(codes, torch.Generator().manual_seed(0))
+    found = _divergence((codes, torch.Generator().manual_seed(0)))
     assert found.keys() == {"test_marginal_kl", "test_moment_kl"}
     assert all(math.isnan(value) for value in found.values())
 

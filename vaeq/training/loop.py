@@ -24,6 +24,7 @@ from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.models.mlp import VAE
 from vaeq.posterior.aggregated import AggregatedPosterior
 from vaeq.seeds import derive_seed
+from vaeq.threads import in_threads
 from vaeq.training.autograd import Autograd
 from vaeq.training.ensemble import CapturedSteps, Ensemble, Moments
 
@@ -331,15 +332,16 @@ def evaluate(
         logits = ensemble.decode(mean + torch.exp(0.5 * logvar) * noise)
         sums[0] += reconstruction(logits, x).sum(1)
         sums[1] += gaussian_kl(mean, logvar).sum(1)
-    rows = []
     means = (sums / len(images)).T.tolist()
-    for (log_px, kl), own, generator in zip(means, codes, generators, strict=True):
-        row = {"test_elbo": log_px - kl, "test_reconstruction": log_px, "test_kl": kl}
-        rows.append(row | _divergence(own, generator))
-    return rows
+    divergences = in_threads(_divergence, zip(codes, generators, strict=True))
+    return [
+        {"test_elbo": log_px - kl, "test_reconstruction": log_px, "test_kl": kl, **divergence}
+        for (log_px, kl), divergence in zip(means, divergences, strict=True)
+    ]
 
 
-def _divergence(codes: Tensor, generator: torch.Generator) -> dict[str, float]:
+def _divergence(member: tuple[Tensor, torch.Generator]) -> dict[str, float]:
+    codes, generator = member
     names = "test_marginal_kl", "test_moment_kl"
     if not codes.isfinite().all():
         return dict.fromkeys(names, math.nan)
