@@ -74,7 +74,7 @@ def test_the_gradient_is_autograds(activation: str, depths: tuple[int, int]) -> 
     x = torch.rand(9, PIXELS, generator=source)
     noise = torch.randn(9, 3, generator=source)
     ensemble = stacked(vae)
-    ensemble.gradient(x[None], noise[None], torch.full((1, 1, 1), 0.7))
+    ensemble.gradient(255 * x[None], noise[None], torch.full((1, 1, 1), 0.7))
     assert_same(gradients(ensemble, 0), autograd(vae, x, noise, 0.7))
     logits, mean, logvar = vae(x, noise)
     expected = torch.stack([reconstruction(logits, x).sum(), gaussian_kl(mean, logvar).sum()])
@@ -86,8 +86,8 @@ def test_the_sum_of_the_likelihood_is_that_of_the_images() -> None:
     source = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 128, 784, generator=source) * torch.tensor([1, 20, 200])[:, None, None]
     x = torch.rand(3, 128, 784, generator=source).round(decimals=1)
-    found = _log_likelihood(logits, torch.sigmoid(logits), x)
     exact = reconstruction(logits.double(), x.double()).sum(1)
+    found = _log_likelihood(logits, torch.sigmoid(logits), 255 * x)
     torch.testing.assert_close(found.double(), exact, rtol=3e-6, atol=0)
 
 
@@ -105,7 +105,7 @@ def test_members_know_nothing_of_each_other(members: list[tuple[int, float]], ba
     for e, (d, _) in enumerate(members):
         noise[e, :, :d] = torch.randn(batch, d, generator=source)
     weights = torch.tensor([w for _, w in members]).view(-1, 1, 1)
-    ensemble.gradient(x, noise, weights)
+    ensemble.gradient(255 * x, noise, weights)
     for e, (d, w) in enumerate(members):
         assert_same(gradients(ensemble, e), autograd(vaes[e], x[e], noise[e, :, :d], w))
     # What pads the narrower members has no gradient at all, so that it stays 0.
@@ -211,7 +211,7 @@ def test_bf16_rounds_the_products_and_nothing_else(small: Images) -> None:
     x, noise = torch.rand(1, 64, PIXELS, generator=source), torch.randn(1, 64, 3, generator=source)
     exact, rounded = stacked(vae), stacked(vae, precision="bf16")
     for ensemble in (exact, rounded):
-        ensemble.gradient(x, noise, torch.ones(1, 1, 1))
+        ensemble.gradient(255 * x, noise, torch.ones(1, 1, 1))
     # bf16 has eight significant bits; errors of single products average out over the batch.
     error = (rounded._grads - exact._grads).norm() / exact._grads.norm()
     assert 0 < float(error) < 2**-6

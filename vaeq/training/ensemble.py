@@ -28,6 +28,8 @@ from vaeq.models.mlp import ACTIVATIONS, VAE
 
 # What a product is computed in. Weights, moments, sums and every measure are float32 or better.
 PRECISIONS = ("fp32", "tf32", "bf16")
+# A grey level of 255 is a pixel of 1.
+_PIXEL = 1 / 255
 _aten = torch.ops.aten
 # f'(a) g from the gradient g, the input a and the output h = f(a): what autograd calls as well.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -117,7 +119,9 @@ class Ensemble:
         self.latent_dims = [vae.latent_dim for vae in vaes]
         self.widest = max(self.latent_dims)
         self.device = next(first.parameters()).device
-        self._activation = ACTIVATIONS[first.activation]()
+        # Of a rectifier the derivative is told by the output: its input need not be kept.
+        rectified = first.activation == "relu"
+        self._activation = torch.relu_ if rectified else ACTIVATIONS[first.activation]()
         self._derivative = _DERIVATIVES[first.activation]
         self._head = f"encoder.{len(first.encoder) - 1}."
         self._shapes = {
@@ -142,6 +146,7 @@ class Ensemble:
         self._encoder, self._decoder = (self._layers(self._low, net) for net in _networks(first))
         self._exact = [self._layers(self._weights, net) for net in _networks(first)]
         self.totals = torch.zeros(2, len(vaes), dtype=torch.float64, device=self.device)
+        self._log_px_total, self._kl_total = self.totals
         self._adam = self._stretches([own.step for own in moments], learning_rates)
 
     def __len__(self) -> int:
@@ -231,7 +236,7 @@ class Ensemble:
 
         Adds the sums over the batch of log p(x|z) and KL, as before the step, to ``totals``.
         """
-        self.gradient(x.float().div_(255), noise, kl_weight)
+        self.gradient(x.float(), noise, kl_weight)
         for stretch in self._adam:
             stretch.step()
         if self._low is not self._weights:
@@ -239,39 +244,41 @@ class Ensemble:
 
     @torch.no_grad()
     def gradient(self, x: Tensor, noise: Tensor, kl_weight: Tensor) -> None:
-        """Writes the gradient of a step's loss; x (E, B, pixels) is float32 in [0, 1].
+        """Writes the gradient of a step's loss; x (E, B, pixels) are levels 0 to 255 in float32.
 
         With ℓ the logits, ∂(−log p(x|z))/∂ℓ = sigmoid(ℓ) − x; with z = μ + σε, ∂z/∂μ = 1 and
-        ∂z/∂log σ² = ½σε; ∂KL/∂μ = μ and ∂KL/∂log σ² = ½(σ² − 1).
+        ∂z/∂log σ² = ½σε; ∂KL/∂μ = μ and ∂KL/∂log σ² = ½(σ² − 1). Factors, 1/255 of a pixel and 1/B
+        of an image, are left to the products, which cost the same with one.
         """
         share = 1 / x.shape[1]
-        encoded, head = self._forward(self._encoder, x.to(self._low.dtype))
+        encoded, head = self._forward(self._encoder, x.to(self._low.dtype), _PIXEL)
         mean, logvar = head.float().chunk(2, dim=2)
         deviation = torch.exp(0.5 * logvar).mul_(noise)
         decoded, low_logits = self._forward(self._decoder, (mean + deviation).to(self._low.dtype))
         logits = low_logits.float()
         probability = torch.sigmoid(logits)
-        self.totals[0] += _log_likelihood(logits, probability, x)
-        self.totals[1] += gaussian_kl(mean, logvar).sum(1)
+        self._log_px_total += _log_likelihood(logits, probability, x)
+        self._kl_total += gaussian_kl(mean, logvar).sum(1)
 
-        grad = probability.sub_(x).mul_(share).to(self._low.dtype)
-        grad_z = self._backward(self._decoder, decoded, grad)
+        grad = probability.sub_(x, alpha=_PIXEL).to(self._low.dtype)
+        grad_z = self._backward(self._decoder, decoded, grad, scale=share)
         assert grad_z is not None
         grad_z = grad_z.float()
         weight = kl_weight * share
         grad_mean = torch.addcmul(grad_z, mean, weight)
         grad_logvar = grad_z.mul_(deviation).addcmul_(torch.expm1(logvar), weight).mul_(0.5)
         grad = torch.cat([grad_mean, grad_logvar], 2).to(self._low.dtype)
-        self._backward(self._encoder, encoded, grad, to_input=False)
+        self._backward(self._encoder, encoded, grad, unit=_PIXEL, to_input=False)
 
     def _forward(
-        self, layers: Sequence[_Linear], h: Tensor
+        self, layers: Sequence[_Linear], h: Tensor, unit: float = 1
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Input and output of every layer, and the last output."""
+        """Input and output of every layer, and the last output; ``h`` is in this unit."""
         seen: list[tuple[Tensor, Tensor]] = []
         for layer in layers:
             h = self._activation(seen[-1][1]) if seen else h
-            seen.append((h, torch.baddbmm(layer.bias, h, layer.weight.mT)))
+            scale = 1 if seen else unit
+            seen.append((h, torch.baddbmm(layer.bias, h, layer.weight.mT, alpha=scale)))
         return seen, seen[-1][1]
 
     def _backward(
@@ -280,19 +287,29 @@ class Ensemble:
         seen: Sequence[tuple[Tensor, Tensor]],
         grad: Tensor,
         *,
+        scale: float = 1,
+        unit: float = 1,
         to_input: bool = True,
     ) -> Tensor | None:
-        """Writes the gradient of every layer; returns that of the input, if it is wanted."""
+        """Writes the gradient of every layer; returns that of the input, if it is wanted.
+
+        Args:
+            grad: of the last output, to be taken ``scale`` times.
+            unit: of the first input.
+        """
         for i in reversed(range(len(layers))):
             layer, h = layers[i], seen[i][0]
+            factor = scale * (1 if i else unit)
             if grad.dtype == layer.weight_grad.dtype:
-                torch.bmm(grad.mT, h, out=layer.weight_grad)
+                layer.weight_grad.baddbmm_(grad.mT, h, beta=0, alpha=factor)
             else:
-                layer.weight_grad.copy_(torch.bmm(grad.mT, h))
+                layer.weight_grad.copy_(_product(grad.mT, h, factor))
             torch.sum(grad, 1, keepdim=True, dtype=torch.float32, out=layer.bias_grad)
+            if scale != 1:
+                layer.bias_grad.mul_(scale)
             if i == 0 and not to_input:
                 return None
-            grad = torch.bmm(grad, layer.weight)
+            grad, scale = _product(grad, layer.weight, scale), 1
             if i > 0:
                 grad = self._derivative(grad, seen[i - 1][1], h)
         return grad
@@ -327,6 +344,13 @@ class Ensemble:
         return self._get(self._weights[i], latent_dim), moments
 
 
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale`` times a @ b, (E, n, k) and (E, k, m)."""
+    if scale == 1:
+        return torch.bmm(a, b)
+    return torch.baddbmm(b[:, :1], a, b, beta=0, alpha=scale)  # of what is added only the shape
+
+
 def _log_likelihood(logits: Tensor, probability: Tensor, x: Tensor) -> Tensor:
     """Sum over a batch of log p(x|z), (E,) nats, as ``elbo.reconstruction`` has it image by image.
 
@@ -334,11 +358,13 @@ def _log_likelihood(logits: Tensor, probability: Tensor, x: Tensor) -> Tensor:
     Σ x ℓ − max(ℓ, 0) + log max(π, 1 − π): half the passes over memory, and no second sigmoid.
 
     Args:
-        logits, probability, x: (E, B, pixels).
+        logits, probability: (E, B, pixels); the logits are overwritten.
+        x: (E, B, pixels), grey levels from 0 to 255.
     """
     cross = torch.bmm(x.flatten(1)[:, None], logits.flatten(1)[:, :, None]).flatten()
     likely = torch.maximum(probability, 1 - probability).log2_().sum((1, 2))
-    return cross.sub_(logits.clamp_min(0).sum((1, 2))).add_(likely, alpha=math.log(2))
+    rectified = logits.clamp_min_(0).sum((1, 2))
+    return cross.mul_(_PIXEL).sub_(rectified).add_(likely, alpha=math.log(2))
 
 
 def _networks(vae: VAE) -> tuple[list[str], list[str]]:
