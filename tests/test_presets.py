@@ -50,4 +50,5 @@ def test_the_published_presets_have_the_published_settings() -> None:
     assert networks == (burda.decoder_depth, burda.decoder_width, "tanh") == (2, 200, "tanh")
     assert (burda.latent_dim, burda.batch_size, burda.learning_rate) == (50, 20, 1e-3)
     assert (burda.epochs, burda.schedule, burda.data.binarize) == (3280, "burda", "dynamic")
+    assert burda.initialization == "mean_image"
     assert burda.generation.n_importance == 5000
