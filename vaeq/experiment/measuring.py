@@ -93,8 +93,15 @@ def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
 class _Panel:
     """The estimates for the codes of a run, or why there are none; and the run's share of time."""
 
-    found: Measurement | Exception
+    ending: Measurement | Exception
     seconds: float
+
+    @property
+    def found(self) -> Measurement:
+        """The estimates; what prevented them is raised."""
+        if isinstance(self.ending, Exception):
+            raise self.ending
+        return self.ending
 
 
 def _panels(runs: Sequence[Run], codes: Sequence[tuple[Codes, Codes]]) -> list[_Panel]:
@@ -176,7 +183,8 @@ def _measure_vae(
     run: Run, decoder: Decoder, judged: tuple[ExPost, dict[str, Estimate]] | None, panel: _Panel
 ) -> RunRecord:
     """What there is to know of a trained VAE; its likelihood may be ``judged`` by now."""
-    began = time.perf_counter()
+    found = panel.found
+    began = time.perf_counter() - panel.seconds
     generator = _generator(run, "measure")
     held_out = run.images.observed("test")
     estimates = held_out_elbo(decoder.decode, *decoder.test_codes, held_out, generator)
@@ -185,7 +193,7 @@ def _measure_vae(
     run.keep(PICTURES, content)
     train_seconds = sum(row["seconds"] for row in run.history)
     return _record(
-        run, decoder.codes, panel, estimates | more, settings, generator, began, train_seconds
+        run, decoder.codes, found, estimates | more, settings, generator, began, train_seconds
     )
 
 
@@ -222,10 +230,8 @@ def measure_ppca(run: Run) -> RunRecord:
     }
     codes, test_codes = model.encode(images.observed("train")), model.encode(held_out)
     generator = _generator(run, "measure")
-    model_seconds = time.perf_counter() - began
     (panel,) = _panels([run], [(codes, test_codes)])
-    began = time.perf_counter() - model_seconds
-    return _record(run, codes, panel, estimates, settings, generator, began, seconds)
+    return _record(run, codes, panel.found, estimates, settings, generator, began, seconds)
 
 
 def _generator(run: Run, *purpose: str) -> torch.Generator:
@@ -266,7 +272,7 @@ def _generate(
 def _record(
     run: Run,
     codes: Codes,
-    panel: _Panel,
+    measurement: Measurement,
     estimates: dict[str, Estimate],
     settings: dict[str, Any],
     generator: torch.Generator,
@@ -274,11 +280,9 @@ def _record(
     train_seconds: float,
 ) -> RunRecord:
     """Keep some of the codes for the pictures, and put everything together."""
-    if isinstance(panel.found, Exception):
-        raise panel.found
     config, images = run.config, run.images
     mean, logvar = codes
-    found = panel.found.to_dict()
+    found = measurement.to_dict()
     kept = slice(_KEPT_SAMPLES)
     noise = torch.randn(mean[kept].shape, generator=generator, device=mean.device)
     z = (mean[kept] + torch.exp(0.5 * logvar[kept]) * noise).float()
@@ -286,7 +290,7 @@ def _record(
     if images.train_labels is not None:
         samples["label"] = images.train_labels[kept].contiguous()
     run.keep(SAMPLES, save(samples))
-    measure_seconds = panel.seconds + time.perf_counter() - began
+    measure_seconds = time.perf_counter() - began
     return RunRecord(
         "complete",
         asdict(config),
