@@ -49,10 +49,9 @@ def in_turn(runs: dict[str, tuple[Callable[[], object], float]]) -> dict[str, li
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(REPEATS + 1):
         for name, (run, scale) in runs.items():
-            start = time.perf_counter()
-            run()
+            taken = scale * clocked(run)
             if repeat:  # the first is not counted
-                times[name].append(scale * (time.perf_counter() - start))
+                times[name].append(taken)
     return times
 
 

@@ -122,7 +122,7 @@ class _Components:
     @functools.cached_property
     def opens(self) -> Integers:
         """The first component of every panel that holds any, (P,)."""
-        return np.flatnonzero(np.diff(self.panel, prepend=self.panel[0] - 1))
+        return _opens(self.panel)
 
     def take(self, rows: NDArray[np.bool_] | slice) -> _Components:
         return _Components(
@@ -177,8 +177,13 @@ class _Components:
                 values = exponent @ _POWERS
                 np.exp(values, out=values)
                 own = row[part]
-                opens = np.flatnonzero(np.diff(own, prepend=own[0] - 1))
+                opens = _opens(own)
                 density[own[opens]] += np.add.reduceat(values, opens, axis=0)
+
+
+def _opens(values: Integers) -> Integers:
+    """Where each number begins among ascending ones."""
+    return np.flatnonzero(np.diff(values, prepend=values[0] - 1))
 
 
 def _union(first: Integers, last: Integers) -> Integers:
@@ -329,7 +334,7 @@ def mixed(parts: list[Panels], shares: list[float]) -> Panels:
         whole, place = current.take(~halve), place[~halve]
         if len(place):
             order = np.argsort(place, kind="stable")
-            opens = np.flatnonzero(np.concatenate([[True], np.diff(place[order]) > 0]))
+            opens = _opens(place[order])
             summed = np.add.reduceat(whole.density[order], opens, axis=0)
             one = order[opens]
             done.append(Panels(whole.left[one], whole.width[one], summed))

@@ -191,24 +191,19 @@ def _distance_statistics(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
     )
     sums = torch.zeros(2, 2, 2, dtype=torch.float64)  # kernel and distance, by sample of a and of b
     votes: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    # Every pair once: what lies off the diagonal stands for its mirror image, too.
+    # Every pair once, and at the end its mirror image; a block of both by half.
     for sample in (0, 1):
         for distances in _distances(asked[sample], torch.cat(known)):
             nearest = distances.topk(neighbours, 1, largest=False, sorted=False)
             votes[sample].append((nearest.indices < half).sum(1))
             for other, block in enumerate(distances.split(half, 1)):
-                added = _kernel_and_distance(block)
-                sums[:, sample, other] += added
-                sums[:, other, sample] += added
+                sums[:, sample, other] += _kernel_and_distance(block)
     for group in (known, asked):
         for sample, other in ((0, 0), (0, 1), (1, 1)):
             same = sample == other
             for block in _distances(group[sample], group[other], same=same):
-                added = _kernel_and_distance(block)
-                sums[:, sample, other] += added
-                if not same:
-                    sums[:, other, sample] += added
-    kernel_sum, distance_sum = sums
+                sums[:, sample, other] += _kernel_and_distance(block) / (1 + same)
+    kernel_sum, distance_sum = sums + sums.mT
     kernel_mean, distance_mean = kernel_sum / count**2, distance_sum / count**2
     contrast = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     # Both forms are squared norms, so below 0 by rounding alone: where the samples are the same.
