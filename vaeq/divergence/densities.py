@@ -19,6 +19,8 @@ from vaeq.posterior.log_density import MixtureLogDensity
 _LOG_2PI = math.log(2 * math.pi)
 # A covariance of D(D+1)/2 numbers a component pays up to here; beyond, components are diagonal.
 FULL_MIXTURE_DIMS = 40
+# A covariance from float32 sums is known to this share of its mean variance.
+_ROUNDED = 1e-5
 # In each component's covariance: this many images' worth of 0.15 times the overall covariance.
 _PRIOR_IMAGES = 10.0
 _PRIOR_SCALE = 0.15
@@ -140,6 +142,12 @@ class GaussianMixture:
         self.name = name
         self.weight = weight
         self.mean = mean
+        if covariance.ndim == 3:
+            singular = torch.linalg.cholesky_ex(covariance).info > 0
+            if singular.any():
+                # Moments of float32 sums: what is flat may come out below 0 by their rounding.
+                thickness = _ROUNDED * covariance.diagonal(dim1=1, dim2=2).mean(1) * singular
+                covariance = covariance + torch.diag_embed(thickness[:, None].expand(mean.shape))
         self.covariance = covariance
         self.natural = _natural(weight.log(), mean, covariance)
 
