@@ -17,7 +17,8 @@ from vaeq.posterior.log_density import MixtureLogDensity, chunk_rows, path_words
 # second, float64 draws by a thousandth.
 _SINGLE_RESOLVES = 1e5
 _DOUBLE_RESOLVES = 1e12
-_LOGVAR_LIMIT = 100.0
+# float32 holds exp of no more than 88, and a sum of such variances needs room.
+LARGEST_LOGVAR = 80.0
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class AggregatedPosterior:
 
     Args:
         mean: μ, shape (N, D), N >= 1, D >= 1, float32 or float64, on the CPU or a GPU.
-        logvar: log σ², the same shape, dtype and device, within ±100.
+        logvar: log σ², the same shape, dtype and device, within ±80.
         centre: origin of the arithmetic of log_prob, (D,), float64; None: the mean of the codes.
 
     float32 codes with |μ|/σ above 1e5 are converted to float64, so that draws of z resolve σ.
@@ -229,9 +230,9 @@ def _check_codes(mean: torch.Tensor, logvar: torch.Tensor) -> None:
                 f"the first at [{first[0]}, {first[1]}]."
             )
     low, high = float(logvar.min()), float(logvar.max())
-    if low < -_LOGVAR_LIMIT or high > _LOGVAR_LIMIT:
+    if low < -LARGEST_LOGVAR or high > LARGEST_LOGVAR:
         raise InputError(
-            f"logvar must be within ±{_LOGVAR_LIMIT:g}, got values from {low:.4g} to {high:.4g}; "
+            f"logvar must be within ±{LARGEST_LOGVAR:g}, got values from {low:.4g} to {high:.4g}; "
             "is it log σ², natural logarithm?"
         )
 

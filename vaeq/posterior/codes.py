@@ -26,6 +26,7 @@ import torch
 from vaeq.errors import InputError, one_line
 from vaeq.files.foreign import require_regular
 from vaeq.files.npy import npz_names, read_npy, read_npz
+from vaeq.posterior.aggregated import LARGEST_LOGVAR
 
 if TYPE_CHECKING:
     from vaeq.measurement import Measurement
@@ -35,8 +36,6 @@ SPREADS = ("logvar", "std", "var")
 # Longest first: test_mean.npy is test_mean, and not the mean of something called test_.
 _NAMES = ("test_logvar", "test_mean", "test_std", "test_var", "logvar", "labels", "mean", "std",
           "var")  # fmt: skip
-# exp of more than this is no variance that float32 could hold, squared.
-_LARGEST_LOGVAR = 80.0
 _LARGEST_MEAN = 1e9
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Fewer values than this can be positive by chance.
@@ -145,7 +144,7 @@ def _tensor(name: str, values: Any) -> torch.Tensor:
             f"{name} must be finite, got {int(bad.sum())} NaN or infinite of {values.numel()} "
             f"values, the first at {_first(bad)}; drop or mend those rows."
         )
-    largest = _LARGEST_MEAN if name.endswith("mean") else _LARGEST_LOGVAR
+    largest = _LARGEST_MEAN if name.endswith("mean") else LARGEST_LOGVAR
     if name.endswith(("mean", "logvar")) and max(-low, high) > largest:
         row, column = _first(values.abs() > largest)
         raise InputError(
