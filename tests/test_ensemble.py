@@ -6,6 +6,7 @@ import math
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from vaeq import experiment
 from vaeq.config import GenerationConfig, RunConfig
 from vaeq.data.images import Images
 from vaeq.errors import TrainingDiverged, VaeqError
-from vaeq.experiment import measuring
+from vaeq.experiment import measuring, training
 from vaeq.launch.progress import Event
 from vaeq.measurement import Measurement, measure
 from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.models.mlp import ACTIVATIONS, VAE
 from vaeq.runs.record import RunRecord, read_record, run_directory
+from vaeq.training.checkpoint import save_checkpoint
 from vaeq.training.ensemble import Ensemble, Moments, _log_likelihood, encode_all
 from vaeq.training.loop import Recipe, State, fit, fit_together
 
@@ -258,6 +260,31 @@ def test_an_ensemble_leaves_the_files_of_single_runs(tiny: RunConfig, tmp_path: 
         for name, entry in expected.estimates.items():
             found = record.estimates[name]
             assert found["value"] == pytest.approx(entry["value"], rel=0.02, abs=0.02), name
+
+
+def test_writing_takes_a_twentieth_of_the_time_however_many_train(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By this clock an epoch of a member takes 0.05 s, and as long to write.
+    clock, written = [0.0], []
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def saved(directory: Path, state: State, config_hash: str, *, final: bool) -> str:
+        if not final:
+            clock[0] += 0.05
+            written.append(state.epoch)
+        return save_checkpoint(directory, state, config_hash, final=final)
+
+    def told(event: Event) -> None:
+        clock[0] += 0.05 * (event.kind == "epoch")
+
+    monkeypatch.setattr(training, "save_checkpoint", saved)
+    experiment.run_ensemble(configs(tiny, epochs=100), told, threads=1)
+    epochs = sorted(set(written))
+    assert len(epochs) >= 4
+    assert written == [epoch for epoch in epochs for _ in range(4)]  # all members or none
+    # The round that is due is written whole.
+    assert 0.05 * (len(written) - 4) <= clock[0] / 20
 
 
 def test_likelihoods_that_fail_together_are_asked_one_by_one(

@@ -19,38 +19,49 @@ from vaeq.training.loop import fit_together
 
 
 class _Keeper:
-    """Writes the state of a run after an epoch, but spends a twentieth of the time on it at most.
+    """Writes the states of runs after an epoch, but spends a twentieth of the time on it at most.
 
-    A network that trains thirty epochs a second would do nothing else but write. What is lost to a
-    SIGKILL is seconds of work and no result: the same bits are computed again.
+    A network that trains thirty epochs a second would do nothing else but write, and so would many
+    that train together if each kept count by itself. What is lost to a SIGKILL is seconds of work
+    and no result: the same bits are computed again.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+        self._kept = [run.first for run in runs]
+        self._epoch = 0  # that which is written, or not, of every run
+        self._writing = False
+        self._spent = 0.0
         self._due = 0.0
-        self._kept = run.first
 
-    def epoch_done(self) -> None:
-        if time.monotonic() >= self._due:
-            began = time.monotonic()
-            self.write()
+    def epoch_done(self, i: int) -> None:
+        """Write the state of run i, if this epoch is one to write."""
+        began = time.monotonic()
+        if self._runs[i].state.epoch != self._epoch:
+            self._epoch = self._runs[i].state.epoch
+            self._writing = began >= self._due
+            self._spent = 0.0
+        if self._writing:
+            self.write(i)
             ended = time.monotonic()
-            self._due = ended + 20 * (ended - began)
+            self._spent += ended - began
+            self._due = ended + 20 * self._spent
 
-    def write(self, *, final: bool = False) -> None:
-        """Bring the files up to the state, if they are behind.
+    def write(self, i: int, *, final: bool = False) -> None:
+        """Bring the files of run i up to its state, if they are behind.
 
         Raises:
             DiskError: they cannot be written, or are not this run's any more.
         """
-        run, state = self._run, self._run.state
-        if final or state.epoch > self._kept:
+        run = self._runs[i]
+        state = run.state
+        if final or state.epoch > self._kept[i]:
             run.lock.require_held()
             checkpoint = save_checkpoint(run.directory, state, config_hash(run.config), final=final)
             history = write_history(run.directory, state.history)
             run.files.update({CHECKPOINT: checkpoint, HISTORY: history})
             write_status(run.directory, run.config, "running", state.epoch)
-            self._kept = state.epoch
+            self._kept[i] = state.epoch
 
 
 def train(runs: Sequence[Run]) -> list[Exception | None]:
@@ -60,7 +71,7 @@ def train(runs: Sequence[Run]) -> list[Exception | None]:
     an epoch: one that came as it is brought up to the next would keep a mixture of the two.
     """
     failures: list[Exception | None] = [None] * len(runs)
-    keepers = [_Keeper(run) for run in runs]
+    keeper = _Keeper(runs)
     told = 0.0
 
     def on_images(epoch: int, done: int) -> None:
@@ -74,7 +85,7 @@ def train(runs: Sequence[Run]) -> list[Exception | None]:
                 run.tell("images", epoch - 1, done)
 
     def on_epoch(i: int) -> None:
-        keepers[i].epoch_done()
+        keeper.epoch_done(i)
         history = runs[i].history
         runs[i].log.epoch(history[-1])
         runs[i].tell("epoch", len(history), elbo=history[-1]["test_elbo"])
@@ -103,18 +114,18 @@ def train(runs: Sequence[Run]) -> list[Exception | None]:
         except Exception as error:
             failures = [failure or error for failure in failures]
         except BaseException:
-            for keeper in keepers:
+            for i in range(len(runs)):
                 # The last epoch of one whose disk is full is lost, and that of the others is not.
                 with contextlib.suppress(DiskError):
-                    keeper.write()
+                    keeper.write(i)
             raise
         finally:
             torch.set_flush_denormal(False)
-        for i, (run, keeper) in enumerate(zip(runs, keepers, strict=True)):
+        for i, run in enumerate(runs):
             if failures[i] is None and matrices_digest(run.state) == run.initial:
                 failures[i] = NeverTrained(run.state.epoch, run.config.learning_rate)
             try:
-                keeper.write(final=failures[i] is None)
+                keeper.write(i, final=failures[i] is None)
             except DiskError as error:
                 failures[i] = failures[i] or error
     return failures
