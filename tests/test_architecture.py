@@ -66,6 +66,24 @@ def test_the_report_starts_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_codes_that_are_not_there_are_missed_without_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+from vaeq.cli import main
+sys.argv = ["vaeq", "measure", "codes=none.npz"]
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "codes=none.npz does not exist" in done.stderr
+    assert done.stdout == "False\n"
+
+
 def test_no_pickle_is_loaded_anywhere() -> None:
     for file in PACKAGE.glob("**/*.py"):
         assert not uses(imports(file), "pickle"), file

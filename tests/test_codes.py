@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from vaeq.errors import InputError
-from vaeq.posterior.codes import CodesWarning, as_codes, measure_file, read_codes, warn_of
+from vaeq.measurement import measure_file
+from vaeq.posterior.codes import CodesWarning, as_codes, read_codes, warn_of
 
 RNG = np.random.default_rng(0)
 MEAN = RNG.normal(size=(6, 3)).astype(np.float32)

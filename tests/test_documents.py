@@ -223,7 +223,7 @@ def test_the_guide_leads_from_a_preset_and_an_estimator_to_a_column_of_the_repor
     (work / "test_mean_square.py").write_text(test)
     imported, name, call = (re.split(r"\s{2,}", line)[0] for line in lines.splitlines())
     measurement = package / "vaeq/measurement.py"
-    insert(measurement, "from vaeq.errors import InputError\n", imported)
+    insert(measurement, "from vaeq.estimate import Estimate\n", imported)
     insert(measurement, '    "decomposition": (\n', f"        {name}")
     insert(measurement, "per_dimension=per_dimension\n    )\n", f"    {call}")
     small = [word for word in TINY if not word.startswith("experiment=")]

@@ -27,8 +27,9 @@ from vaeq.divergence.tabulated import tabulate
 from vaeq.divergence.uniform import uniform_view
 from vaeq.errors import InputError, VaeqError
 from vaeq.files.npy import NpyRows
+from vaeq.measurement import measure_file
 from vaeq.posterior.aggregated import AggregatedPosterior
-from vaeq.posterior.codes import CodesWarning, measure_file
+from vaeq.posterior.codes import CodesWarning
 from vaeq.posterior.shards import CodeFiles, ShardedPosterior, shards_needed
 
 N, DIMS = 1_203, 3  # not a multiple of the shards

@@ -317,12 +317,15 @@ def _measure(cfg: DictConfig) -> None:
     from vaeq.compose import typed
     from vaeq.config import CodesConfig
     from vaeq.launch.pool import available_cores
+    from vaeq.posterior.sources import find_arrays
 
     config = typed(cfg, CodesConfig)
     assert config.codes is not None
+    find_arrays(config.codes)  # what is not there is said at once
     import torch
 
-    from vaeq.posterior.codes import CodesWarning, measure_file
+    from vaeq.measurement import measure_file
+    from vaeq.posterior.codes import CodesWarning
 
     torch.set_num_threads(config.threads or available_cores())
     with warnings.catch_warnings(record=True) as caught:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +19,10 @@ from vaeq.divergence.n_curve import n_curve
 from vaeq.divergence.reverse import reverse_marginal_kl
 from vaeq.divergence.two_sample import N_DIRECTIONS, N_SAMPLES, REPEATS, two_sample
 from vaeq.divergence.uniform import uniform_view
-from vaeq.errors import InputError
+from vaeq.errors import InputError, one_line
 from vaeq.estimate import Estimate
 from vaeq.posterior.aggregated import AggregatedPosterior
-from vaeq.posterior.codes import Codes, as_codes, warn_of
+from vaeq.posterior.codes import Codes, as_codes, read_beside, read_codes, warn_of
 from vaeq.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -239,6 +242,74 @@ def measure_posterior(
     }
     settings["curve_samples"] = CURVE_SAMPLES
     return Measurement(estimates, per_dimension, settings, curves)
+
+
+def measure_file(
+    codes: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    shards: int | None = None,
+    **settings: Any,
+) -> Measurement:
+    """Measure a file of codes, and write what was found as JSON.
+
+    Args:
+        codes: as :mod:`vaeq.posterior.sources` says.
+        output: JSON file to write, whole or not at all; None to write none.
+        shards: parts in which .npy files are read, each by a worker process; see
+            :mod:`vaeq.posterior.shards`. None: 1, or as many as the free memory makes necessary.
+        settings: of :func:`vaeq.measure`.
+
+    Raises:
+        InputError: on codes or an output that cannot be used; nothing is written then.
+    """
+    from vaeq.posterior.shards import in_shards
+
+    target = None if output is None else _writable(Path(output))
+    with _explaining_memory(str(codes)):
+        sharded = in_shards(str(codes), shards)
+        if sharded is None:
+            read = read_codes(codes)
+            found = measure(
+                read.mean, read.logvar, read.test_mean, read.test_logvar, read.labels, **settings
+            )
+        else:
+            with sharded as posterior:
+                test = read_beside(str(codes), posterior)
+                found = measure_posterior(posterior, test, **settings)
+    if target is not None:
+        from vaeq.runs.record import dump, write_atomic
+
+        write_atomic(target, dump(found.to_dict()))
+    return found
+
+
+@contextmanager
+def _explaining_memory(source: str) -> Iterator[None]:
+    """One sentence for memory that is used up, in the words of NumPy or of torch."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise InputError(
+            f"codes={one_line(source)} need more memory than there is; keep them as .npy files and "
+            "add shards=16, or more."
+        ) from None
+
+
+def _writable(path: Path) -> Path:
+    """The path, if a file can be written there: asked before minutes are spent on its content."""
+    text = one_line(str(path))
+    if path.is_dir():
+        raise InputError(f"output={text} is a folder; give a file, e.g. {text}/measure.json.")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"output={text} is in a folder that does not exist; make {path.parent} first."
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"output={text} is in a folder that cannot be written; choose another.")
+    return path
 
 
 def _columns(estimates: Mapping[str, Estimate]) -> tuple[list[str], list[Estimate]]:

@@ -1,41 +1,24 @@
-"""Codes from anybody's encoder: arrays or files of means and variances, checked once, at the edge.
-
-    FILE.npz, FILE.safetensors    arrays mean and logvar (or std, or var) of shape (N, D); optional
-                                  test_mean, test_logvar (or test_std, test_var), labels (N,)
-    DIR                           the same, one file an array: mean.npy, logvar.npy, ...
-    PREFIXmean.npy                the same, beside it: PREFIXlogvar.npy, PREFIXtest_mean.npy, ...
-    mean.npy,logvar.npy,...       the same, listed; the end of a file's name says which array it is
-
-Nothing is ever unpickled.
-"""
+"""Codes from anybody's encoder: means and variances, checked once, at the edge."""
 
 from __future__ import annotations
 
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vaeq.errors import InputError, one_line
-from vaeq.files.foreign import require_regular
-from vaeq.files.npy import npz_names, read_npy, read_npz
 from vaeq.posterior.aggregated import LARGEST_LOGVAR
+from vaeq.posterior.sources import SPREADS, Arrays, find_arrays
 
 if TYPE_CHECKING:
-    from vaeq.measurement import Measurement
     from vaeq.posterior.shards import ShardedPosterior
 
-SPREADS = ("logvar", "std", "var")
-# Longest first: test_mean.npy is test_mean, and not the mean of something called test_.
-_NAMES = ("test_logvar", "test_mean", "test_std", "test_var", "logvar", "labels", "mean", "std",
-          "var")  # fmt: skip
 _LARGEST_MEAN = 1e9
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Fewer values than this can be positive by chance.
@@ -206,12 +189,12 @@ def suspicion(name: str, count: int, smallest: float, largest: float) -> str | N
 
 
 def read_codes(source: str | os.PathLike[str]) -> Codes:
-    """Codes from a file, a folder or a list of .npy files, as the module's first lines say.
+    """Codes from a file, a folder or a list of .npy files, as :mod:`vaeq.posterior.sources` says.
 
     Raises:
         InputError: one sentence: what is missing or wrong, and what was found.
     """
-    arrays = _read(str(source))
+    arrays = find_arrays(str(source))
     text = one_line(str(source))
     if "mean" not in arrays.found:
         raise InputError(
@@ -228,15 +211,22 @@ def read_codes(source: str | os.PathLike[str]) -> Codes:
     return as_codes(arrays.get("mean"), spread, test_mean, _spread(arrays, "test_", text), labels)
 
 
-@dataclass(frozen=True)
-class _Arrays:
-    """Names of what a source holds, and how to read one of them."""
+def read_beside(source: str, posterior: ShardedPosterior) -> Codes:
+    """What a source in shards holds beside them: codes of held-out images and labels, of any size.
 
-    found: tuple[str, ...]
-    get: Callable[[str], Any]
+    One training image keeps them company.
+    """
+    arrays = find_arrays(source)
+    test_mean = arrays.get("test_mean") if "test_mean" in arrays.found else None
+    test_logvar = _spread(arrays, "test_", one_line(source))
+    found = as_codes(*posterior.rows(torch.tensor([0])), test_mean, test_logvar)
+    labels = _labels(arrays.get("labels"), posterior.n) if "labels" in arrays.found else None
+    doubt = suspicion("logvar", posterior.n * posterior.latent_dim, *posterior.logvar_range)
+    own = [text for text in found.suspicions if text.startswith("test_")]
+    return replace(found, labels=labels, suspicions=tuple([doubt] if doubt else []) + tuple(own))
 
 
-def _spread(arrays: _Arrays, prefix: str, text: str) -> Any:
+def _spread(arrays: Arrays, prefix: str, text: str) -> Any:
     """log σ² from whichever of logvar, std and var is there; None where none is."""
     given = [prefix + name for name in SPREADS if prefix + name in arrays.found]
     if not given:
@@ -271,170 +261,6 @@ def _listed(names: Any) -> str:
     if len(shown) > 8:
         shown = [*shown[:8], f"and {len(shown) - 8} more"]
     return ", ".join(shown) or "none"
-
-
-def _read(source: str) -> _Arrays:
-    path = Path(source)
-    text = one_line(source)
-    files = npy_paths(source)
-    if files is not None:
-        return _npy_files(files)
-    if not _exists(path):
-        raise InputError(
-            f"codes={text} does not exist; give a .npz or .safetensors file, a folder of .npy "
-            "files, or one of them that ends in mean.npy."
-        )
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
-        return _npz(path, text)
-    if suffix == ".safetensors":
-        return _safetensors(path, text)
-    kind = repr(suffix or "no suffix")
-    raise InputError(f"codes={text} must be .npz, .safetensors or .npy, got {kind}.")
-
-
-def npy_paths(source: str) -> dict[str, Path] | None:
-    """The .npy file of each array of a source; None where it is a file of another kind, or none."""
-    path = Path(source)
-    if not _exists(path):
-        listed = [Path(part.strip()) for part in source.split(",") if part.strip()]
-        return {_name_of(file): file for file in listed} if "," in source else None
-    if path.is_dir():
-        return {file.stem: file for file in sorted(path.glob("*.npy"))}
-    if path.suffix.lower() != ".npy":
-        return None
-    if _name_of(path) not in ("mean", "test_mean"):
-        raise InputError(
-            f"codes={one_line(source)} must end in mean.npy; the other arrays are looked for "
-            "beside it."
-        )
-    prefix = path.stem.removesuffix("mean").removesuffix("test_")
-    beside = {name: path.with_name(f"{prefix}{name}.npy") for name in sorted(_NAMES)}
-    return {name: file for name, file in beside.items() if file.exists()}
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name longer than any file's
-        return False
-
-
-def _name_of(file: Path) -> str:
-    """Which array a .npy file holds, from the end of its name; else the whole of it."""
-    return next((name for name in _NAMES if file.stem.endswith(name)), file.stem)
-
-
-def _npy_files(files: Mapping[str, Path]) -> _Arrays:
-    def get(name: str) -> Any:
-        return read_npy(files[name], f"codes={one_line(str(files[name]))}")
-
-    return _Arrays(tuple(files), get)
-
-
-def _npz(path: Path, text: str) -> _Arrays:
-    label = f"codes={text}"
-    return _Arrays(npz_names(path, label), lambda name: read_npz(path, name, label))
-
-
-def _safetensors(path: Path, text: str) -> _Arrays:
-    from safetensors import safe_open
-
-    def read(take: Callable[[Any], Any]) -> Any:
-        try:
-            require_regular(path)
-            with safe_open(path, framework="pt") as archive:
-                return take(archive)
-        # Of torch too: a shape that no tensor has, a dtype that this version does not know.
-        except Exception as error:
-            reason = "it is truncated, or not what its name says; write it again"
-            if isinstance(error, OSError) and error.strerror:
-                reason = error.strerror
-            raise InputError(f"codes={text} cannot be read: {reason}.") from None
-
-    names = read(lambda archive: tuple(archive.keys()))
-    return _Arrays(names, lambda name: read(lambda archive: archive.get_tensor(name)))
-
-
-def measure_file(
-    codes: str | os.PathLike[str],
-    output: str | os.PathLike[str] | None = None,
-    *,
-    shards: int | None = None,
-    **settings: Any,
-) -> Measurement:
-    """Measure a file of codes, and write what was found as JSON.
-
-    Args:
-        codes: as for :func:`read_codes`.
-        output: JSON file to write, whole or not at all; None to write none.
-        shards: parts in which .npy files are read, each by a worker process; see
-            :mod:`vaeq.posterior.shards`. None: 1, or as many as the free memory makes necessary.
-        settings: of :func:`vaeq.measure`.
-
-    Raises:
-        InputError: on codes or an output that cannot be used; nothing is written then.
-    """
-    from vaeq.measurement import measure, measure_posterior
-    from vaeq.posterior.shards import in_shards
-
-    target = None if output is None else _writable(Path(output))
-    with _explaining_memory(str(codes)):
-        sharded = in_shards(str(codes), shards)
-        if sharded is None:
-            read = read_codes(codes)
-            found = measure(
-                read.mean, read.logvar, read.test_mean, read.test_logvar, read.labels, **settings
-            )
-        else:
-            with sharded as posterior:
-                test = _beside_shards(str(codes), posterior)
-                found = measure_posterior(posterior, test, **settings)
-    if target is not None:
-        from vaeq.runs.record import dump, write_atomic
-
-        write_atomic(target, dump(found.to_dict()))
-    return found
-
-
-@contextmanager
-def _explaining_memory(source: str) -> Iterator[None]:
-    """One sentence for memory that is used up, in the words of NumPy or of torch."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise InputError(
-            f"codes={one_line(source)} need more memory than there is; keep them as .npy files and "
-            "add shards=16, or more."
-        ) from None
-
-
-def _beside_shards(source: str, posterior: ShardedPosterior) -> Codes:
-    """The codes of held-out images and the labels, with one training image for company."""
-    arrays = _read(source)
-    test_mean = arrays.get("test_mean") if "test_mean" in arrays.found else None
-    test_logvar = _spread(arrays, "test_", one_line(source))
-    found = as_codes(*posterior.rows(torch.tensor([0])), test_mean, test_logvar)
-    labels = _labels(arrays.get("labels"), posterior.n) if "labels" in arrays.found else None
-    doubt = suspicion("logvar", posterior.n * posterior.latent_dim, *posterior.logvar_range)
-    own = [text for text in found.suspicions if text.startswith("test_")]
-    return replace(found, labels=labels, suspicions=tuple([doubt] if doubt else []) + tuple(own))
-
-
-def _writable(path: Path) -> Path:
-    """The path, if a file can be written there: asked before minutes are spent on its content."""
-    text = one_line(str(path))
-    if path.is_dir():
-        raise InputError(f"output={text} is a folder; give a file, e.g. {text}/measure.json.")
-    if not path.parent.is_dir():
-        raise InputError(
-            f"output={text} is in a folder that does not exist; make {path.parent} first."
-        )
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"output={text} is in a folder that cannot be written; choose another.")
-    return path
 
 
 def warn_of(codes: Codes, stacklevel: int = 2) -> None:

@@ -32,8 +32,9 @@ from vaeq.errors import InputError, VaeqError, one_line
 from vaeq.files.npy import NpyRows
 from vaeq.memory import available_memory
 from vaeq.posterior.aggregated import AggregatedPosterior
-from vaeq.posterior.codes import SPREADS, Codes, as_codes, log_variance, npy_paths
+from vaeq.posterior.codes import Codes, as_codes, log_variance
 from vaeq.posterior.log_density import sum_rows
+from vaeq.posterior.sources import SPREADS, npy_paths
 
 T = TypeVar("T")
 Rows = range | np.ndarray[Any, np.dtype[np.int64]]
@@ -403,7 +404,7 @@ def in_shards(source: str, shards: int | None) -> ShardedPosterior | None:
     """The codes of a source in shards; None where they are to be held in one piece.
 
     Args:
-        source: as for :func:`vaeq.posterior.codes.read_codes`; only .npy files can be in shards.
+        source: as :mod:`vaeq.posterior.sources` says; only .npy files can be in shards.
         shards: parts; None: as many as the free memory makes necessary, mostly one.
 
     Raises:
