@@ -106,6 +106,7 @@ def normal_order_means(n: int) -> np.ndarray:
     return means
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 1.4])
 def test_expectations_at_finite_n_are_those_of_gaussians(scale: float) -> None:
     """The squares of the three distances, and the AUC, for N(0, s² I) against N(0, I).
@@ -148,6 +149,7 @@ def test_expectations_at_finite_n_are_those_of_gaussians(scale: float) -> None:
         assert abs(np.mean(found[name]) - expected) < 4 * error, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "width"), [(0.0, 1.0), (0.5, 0.6)])
 def test_error_bars_cover_the_expectation(shift: float, width: float) -> None:
     """±2 s.e. of values, nulls and z-scores, for codes that are N(0, I) and for others.
