@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +28,8 @@ from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.models.mlp import ACTIVATIONS, VAE
 from vaeq.runs.record import RunRecord, read_record, run_directory
 from vaeq.training.checkpoint import save_checkpoint
-from vaeq.training.ensemble import Ensemble, Moments, _log_likelihood, encode_all
-from vaeq.training.loop import Recipe, State, fit, fit_together
+from vaeq.training.ensemble import CapturedSteps, Ensemble, Moments, _log_likelihood, encode_all
+from vaeq.training.loop import Recipe, State, fit, fit_together, train_epoch
 
 PIXELS = 12
 
@@ -174,6 +176,75 @@ def test_members_end_as_they_would_alone(small: Images) -> None:
         for ours, theirs in zip(member.history, solo.history, strict=True):
             for name in ("train_elbo", "train_kl", "test_elbo", "test_kl"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+class Recorded:
+    """In the place of a CUDA graph: what was called, without effect, while it was recorded.
+
+    Like a graph it reads its inputs where they lay, and knows nothing of later ones.
+    """
+
+    recording: Recorded | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """The graphs that are captured, on the CPU."""
+    graphs: list[Recorded] = []
+    real = Ensemble.step
+
+    @contextlib.contextmanager
+    def capture(graph: Recorded) -> Iterator[None]:
+        graphs.append(graph)
+        Recorded.recording = graph
+        yield
+        Recorded.recording = None
+
+    def step(self: Ensemble, *inputs: torch.Tensor) -> None:
+        if Recorded.recording is None:
+            real(self, *inputs)
+        else:
+            Recorded.recording.calls.append(lambda: real(self, *inputs))
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(Ensemble, "step", step)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    return graphs
+
+
+def test_captured_steps_are_the_steps(small: Images, recorded: list[Recorded]) -> None:
+    # 600 images in batches of 64: the last of an epoch has 24, and a graph of its own.
+    recipes = [Recipe(2, 64, 1e-3, seed, kl_warmup_epochs=1) for seed in range(2)]
+    ends = []
+    for captured in (True, False):
+        members = states([2, 3])
+        ensemble = Ensemble([m.vae for m in members], [m.moments for m in members], [1e-3] * 2)
+        step = CapturedSteps(ensemble) if captured else ensemble.step
+        sums = []
+        for epoch in (1, 2):
+            train_epoch(ensemble, small, recipes, epoch, step)
+            sums.append(ensemble.totals.clone())
+        ends.append((sums, [ensemble.member(i) for i in range(2)]))
+    assert len(recorded) == 2
+    (sums, members), (expected_sums, expected) = ends
+    torch.testing.assert_close(sums, expected_sums, rtol=0, atol=0)
+    for (weights, moments), (their_weights, theirs) in zip(members, expected, strict=True):
+        assert moments.step == theirs.step == 20
+        for name, value in their_weights.items():
+            assert torch.equal(weights[name], value), name
+            assert torch.equal(moments.exp_avg[name], theirs.exp_avg[name]), name
+            assert torch.equal(moments.exp_avg_sq[name], theirs.exp_avg_sq[name]), name
 
 
 def test_a_member_that_diverges_leaves_and_the_others_go_on(small: Images) -> None:
