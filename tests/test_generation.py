@@ -9,10 +9,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tests.soak import SOAK
 from vaeq.config import DataConfig, GenerationConfig, RunConfig
 from vaeq.experiment import run
-from vaeq.generation import quality
 from vaeq.runs.record import CACHE, PICTURES, RunRecord, run_directory
 
 
@@ -51,34 +49,18 @@ def test_quality_needs_a_classifier_worth_the_name(tiny: RunConfig) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n_train", "epochs", "accuracy"),
-    [
-        (10_000, 5, 0.98),
-        pytest.param(  # the classifier of every run of MNIST: a minute
-            60_000,
-            1,
-            quality.REQUIRED_ACCURACY,
-            marks=[pytest.mark.soak, pytest.mark.skipif(not SOAK, reason="make soak")],
-        ),
-    ],
-)
-def test_samples_of_the_aggregated_posterior_are_the_better_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_train: int, epochs: int, accuracy: float
-) -> None:
-    monkeypatch.setattr(quality, "REQUIRED_ACCURACY", accuracy)
+def test_samples_of_the_aggregated_posterior_are_the_better_ones(tmp_path: Path) -> None:
     config = RunConfig(
-        latent_dim=8, encoder_width=200, decoder_width=200, epochs=epochs, outputs=str(tmp_path)
+        latent_dim=8, encoder_width=200, decoder_width=200, epochs=1, outputs=str(tmp_path)
     )
     config = replace(config, measure=replace(config.measure, panel="decomposition"))
-    config = replace(config, data=replace(config.data, n_train=n_train))
     record, value = finished(replace(config, generation=GenerationConfig(n_importance=None)))
     mismatch = record.estimates["quality_mismatch"]
     assert mismatch["value"] == pytest.approx(value["fid_prior"] - value["fid_aggregated"])
     assert mismatch["value"] > 4 * mismatch["std_error"] > 0
     # The floor is far below anything a decoder reaches after an epoch.
     assert 0 < value["fid_train"] < 0.1 * value["fid_aggregated"]
-    assert record.settings["generation"]["classifier"]["accuracy"] >= accuracy
+    assert record.settings["generation"]["classifier"]["accuracy"] >= 0.99
 
 
 def test_pictures_are_kept_for_the_report(tiny: RunConfig) -> None:
