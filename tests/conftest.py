@@ -15,6 +15,7 @@ import torch
 from tests.warm import Warm
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
 from vaeq.data.images import Images, load_images
+from vaeq.training.elementwise import resolve_kernels
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -23,6 +24,14 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def _one_thread() -> None:
     # A second OpenMP thread that is not scheduled stalls every step.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Both implementations of ``vaeq.training.elementwise``, where this machine has both."""
+    if request.param == "compiled" and resolve_kernels("auto", torch.device("cpu")) != "compiled":
+        pytest.skip("nothing compiles C here")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

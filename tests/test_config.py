@@ -92,6 +92,7 @@ def test_the_hash_knows_every_setting_that_changes_the_science() -> None:
         "outputs": "elsewhere",
         "experiment": "other",
         "logger": "tensorboard",
+        "kernels": "torch",
     }
     # A new setting must be put on one side or the other, here.
     assert different.keys() | same.keys() == asdict(config).keys()

@@ -23,6 +23,7 @@ from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.launch.progress import Event
 from vaeq.report import write_report
 from vaeq.runs.record import RECORD, RunRecord, read_record, run_directory
+from vaeq.training.elementwise import resolve_kernels
 
 FILES = {
     ".lock",
@@ -174,8 +175,38 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="precision=tf32 needs a GPU; use precision=auto"):
         resolve_precision("tf32", cpu)
     for flags, expected in ({"avx2"}, "fp32"), ({"avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16"):
-        monkeypatch.setattr(hardware, "_cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(hardware, "cpu_flags", lambda flags=flags: flags)
         assert resolve_precision("auto", cpu) == expected
+
+
+def test_kernels_change_the_time_and_not_the_result(tiny: RunConfig, tmp_path: Path) -> None:
+    found = {}
+    for kernels in ("torch", "auto"):
+        own = replace(tiny, precision="fp32", kernels=kernels, outputs=str(tmp_path / kernels))
+        found[kernels], _ = events_of(own)
+        assert found[kernels].state == "complete"
+    expected = resolve_kernels("auto", torch.device("cpu"))
+    assert found["torch"].provenance["kernels"] == "torch"
+    assert found["auto"].provenance["kernels"] == expected
+    assert found["torch"].config_hash == found["auto"].config_hash
+    for name, ours in found["auto"].estimates.items():
+        # What is drawn from the codes is drawn from the same ones, to some digits.
+        value, other = ours["value"], found["torch"].estimates[name]["value"]
+        assert value == pytest.approx(other, rel=1e-2, abs=1e-3), name
+
+
+def test_without_a_compiler_a_run_is_made_by_torch_or_refused_if_it_must_not(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vaeq.training.elementwise.compiled", lambda source: None)
+    with pytest.raises(InputError, match="kernels=compiled cannot be had: no C compiler works"):
+        events_of(replace(tiny, kernels="compiled"))
+    assert not Path(tiny.outputs).exists()
+    record, _ = events_of(tiny)
+    assert (record.state, record.provenance["kernels"]) == ("complete", "torch")
+    # Layers of another kind go by autograd.
+    with pytest.raises(InputError, match="kernels=compiled needs model=mlp; use kernels=auto"):
+        replace(tiny, model="conv", kernels="compiled")
 
 
 @pytest.mark.parametrize(

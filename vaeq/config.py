@@ -341,6 +341,13 @@ class RunConfig:
         "measures are fp32 or better",
         choices=("auto", "fp32", "tf32", "bf16"),
     )
+    kernels: str = key(
+        "auto",
+        "the rest of the training step of model=mlp; compiled: loops in C, on a CPU; torch: its "
+        "operations; auto: compiled where there is a C compiler",
+        choices=("auto", "compiled", "torch"),
+        science=False,
+    )
     threads: int | None = key(
         None,
         "CPU threads of a run; null: 1 in a sweep, all cores in vaeq train",
@@ -375,6 +382,8 @@ class RunConfig:
                 f"kl_warmup_epochs must be at most epochs={self.epochs}, "
                 f"got {self.kl_warmup_epochs}."
             )
+        if self.kernels == "compiled" and self.model != "mlp":
+            raise InputError("kernels=compiled needs model=mlp; use kernels=auto.")
         if self.model == "conv":
             for name in ("encoder_depth", "decoder_depth"):
                 if getattr(self, name) < 1:

@@ -42,17 +42,17 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "fp32"
+    return "bf16" if cpu_flags() & {"avx512_bf16", "amx_bf16"} else "fp32"
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
     """What the processor can do, in Linux's words; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return set()
-    flags = [line.partition(":")[2].split() for line in lines if line.startswith("flags")]
-    return set(flags[0]) if flags else set()
+    named = [line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))]
+    return set(named[0].split()) if named else set()
 
 
 def free_memory(device: torch.device) -> tuple[int, str]:

@@ -33,6 +33,7 @@ from vaeq.launch.pool import Pool, available_cores
 from vaeq.launch.sweep import SweepResult
 from vaeq.posterior.aggregated import AggregatedPosterior
 from vaeq.threads import in_threads
+from vaeq.training.elementwise import resolve_kernels
 from vaeq.training.ensemble import Ensemble, encode_all
 from vaeq.training.loop import State, fit, fit_together, train_epoch
 
@@ -57,20 +58,21 @@ SHAPES: dict[str, tuple[RunConfig, list[int]]] = {
 }
 
 
-def device_and_precision() -> tuple[torch.device, str]:
+def resolved() -> tuple[torch.device, str, str]:
+    """Device, precision and kernels that a run gets here."""
     device = resolve_device("auto")
-    return device, resolve_precision("auto", device)
+    return device, resolve_precision("auto", device), resolve_kernels("auto", device)
 
 
 def bench_target() -> list[dict[str, Any]]:
     """Time to the ELBO the textbook example has after ten epochs."""
-    device, precision = device_and_precision()
+    device, precision, kernels = resolved()
     images = load_images().to(device)
     cpu = load_images()
     settings = " ".join(f"{name}={value}" for name, value in FAST_SETTINGS.items())
     say(
         "seconds to the held-out negative ELBO that the textbook example has after 10 epochs "
-        f"(784-400-20, batch 128); vaeq: {settings}, {precision}"
+        f"(784-400-20, batch 128); vaeq: {settings}, {precision}, kernels {kernels}"
     )
     say(
         f"{'seed':>4} {'textbook':>9} {'-ELBO':>8} "
@@ -91,7 +93,7 @@ def bench_target() -> list[dict[str, Any]]:
             if not reached and elbo <= target:  # noqa: B023
                 reached.append((time.perf_counter() - began, elbo, state.epoch))  # noqa: B023
 
-        fit(state, images, recipe(config), precision=precision, on_epoch=note)
+        fit(state, images, recipe(config), precision=precision, kernels=kernels, on_epoch=note)
         seconds, elbo, epoch = reached[0] if reached else (None, None, None)
         row = {
             "seed": seed, "textbook_seconds": slow, "target": target, "vaeq_seconds": seconds,
@@ -111,7 +113,7 @@ def bench_target() -> list[dict[str, Any]]:
 def bench_epoch() -> list[dict[str, Any]]:
     """An epoch of training beside the usual loops and the float32 products alone."""
     images = load_images(n_train=SOME_IMAGES)
-    device, best = device_and_precision()
+    device, best, kernels = resolved()
     ours = images.to(device)
     say(f"seconds of a training epoch of {SOME_IMAGES} images, batch 128 (min / median / max of "
         f"{REPEATS}, in turn); ratios are medians of the turns")  # fmt: skip
@@ -128,10 +130,13 @@ def bench_epoch() -> list[dict[str, Any]]:
                     images.train, h, c.latent_dim
                 ),
             }
-            for precision in dict.fromkeys(("fp32", best)):
+            for precision, by in dict.fromkeys(
+                (("fp32", "torch"), ("fp32", kernels), (best, kernels))
+            ):
                 state = build(config, images)
-                ensemble = Ensemble([state.vae], [state.moments], [1e-3], precision)
-                runs[f"vaeq {precision}"] = lambda e=ensemble, c=config: timed_epoch(e, c, ours)
+                ensemble = Ensemble([state.vae], [state.moments], [1e-3], precision, by)
+                label = f"vaeq {precision} {by}"
+                runs[label] = lambda e=ensemble, c=config: timed_epoch(e, c, ours)
             if config is TEXTBOOK:
                 part = (images.train, images.train_labels)
                 one = (images.test[:1], images.test_labels[:1])
@@ -146,14 +151,14 @@ def bench_epoch() -> list[dict[str, Any]]:
                     if repeat:  # the first is not counted
                         times[label].append(seconds)
             say(f"{name}, {threads} thread{'s' if threads > 1 else ''}")
-            own = f"vaeq {best}"
+            own = f"vaeq {best} {kernels}"
             for label, taken in times.items():
                 ratio = statistics.median(
                     other / mine for other, mine in zip(taken, times[own], strict=True)
                 )
                 rows.append({"model": name, "threads": threads, "loop": label,
                              "seconds": summary(taken), "over_vaeq": ratio})  # fmt: skip
-                say(f"  {label:<12} {three(summary(taken)):>22}   {ratio:6.2f} x {own}")
+                say(f"  {label:<18} {three(summary(taken)):>22}   {ratio:6.2f} x {own}")
     torch.set_num_threads(everything)
     say("the textbook's without its test pass\n")
     return rows
@@ -223,7 +228,7 @@ def sweep_seconds(workers: int, runs: int, *, epochs: int, n_train: int, width: 
 
 def bench_ensemble() -> list[dict[str, Any]]:
     """Runs of one shape as one program against the same runs one after another."""
-    device, precision = device_and_precision()
+    device, precision, kernels = resolved()
     images = load_images(n_train=SOME_IMAGES).to(device)
     say(f"8 runs of 784-500-500-D, D = 2 to 16, on {device.type}: together against one after "
         "another")  # fmt: skip
@@ -232,11 +237,13 @@ def bench_ensemble() -> list[dict[str, Any]]:
     for repeat in range(REPEATS + 1):
         states = [build(config, images) for config in configs]
         rates = [config.learning_rate for config in configs]
-        stack = Ensemble([s.vae for s in states], [s.moments for s in states], rates, precision)
+        stack = Ensemble(
+            [s.vae for s in states], [s.moments for s in states], rates, precision, kernels
+        )
         seconds = timed_epoch(stack, DEEP, images)
         single = 0.0
         for state in states:
-            solo = Ensemble([state.vae], [state.moments], [1e-3], precision)
+            solo = Ensemble([state.vae], [state.moments], [1e-3], precision, kernels)
             single += timed_epoch(solo, DEEP, images)
         if repeat:
             together.append(seconds)
@@ -278,8 +285,10 @@ def bench_startup() -> list[dict[str, Any]]:
         "import time, torch\nbegan = time.perf_counter()\n"
         "from vaeq.config import RunConfig; from vaeq.experiment import prepare, build, recipe\n"
         "from vaeq.training.ensemble import Ensemble; from vaeq.training.loop import train_epoch\n"
+        "from vaeq.training.elementwise import resolve_kernels\n"
         "c = RunConfig(); precision, images = prepare(c); s = build(c, images)\n"
-        "e = Ensemble([s.vae], [s.moments], [1e-3], precision)\n"
+        "kernels = resolve_kernels(c.kernels, images.train.device)\n"
+        "e = Ensemble([s.vae], [s.moments], [1e-3], precision, kernels)\n"
         "class Stop(Exception): pass\n"
         "def once(*batch):\n    e.step(*batch); raise Stop\n"
         "try: train_epoch(e, images, [recipe(c)], 1, once)\n"
@@ -309,7 +318,7 @@ def bench_startup() -> list[dict[str, Any]]:
 
 def bench_precision() -> list[dict[str, Any]]:
     """Does bf16 move the science? The same seeds in both, against the spread over seeds."""
-    device, best = device_and_precision()
+    device, best, kernels = resolved()
     if best != "bf16":
         say(f"bf16 against fp32: left out, {device.type} has no products in bf16 here\n")
         return []
@@ -324,7 +333,7 @@ def bench_precision() -> list[dict[str, Any]]:
             states = [build(config, images) for config in configs]
             fit_together(
                 states, images, [recipe(c) for c in configs], precision=precision,
-                on_failed=fail,
+                kernels=kernels, on_failed=fail,
             )  # fmt: skip
             values: dict[str, list[float]] = {
                 "elbo": [],

@@ -16,6 +16,7 @@ from vaeq.models.conv import ConvVAE, require_depth
 from vaeq.models.mlp import VAE
 from vaeq.seeds import derive_seed
 from vaeq.trackers import require
+from vaeq.training.elementwise import resolve_kernels
 from vaeq.training.loop import Recipe, State
 
 
@@ -37,6 +38,8 @@ def prepare(config: RunConfig, members: int = 1) -> tuple[str, Images]:
     require(config)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
+    if config.model == "mlp":
+        resolve_kernels(config.kernels, device)
     images = _images(config.data, device)
     if config.model == "conv":
         require_depth(images.shape, config.encoder_depth, config.decoder_depth)

@@ -107,6 +107,7 @@ def train(runs: Sequence[Run]) -> list[Exception | None]:
                 runs[0].images,
                 [recipe(runs[i].config) for i in whole],
                 precision=runs[0].provenance["precision"],
+                kernels=runs[0].provenance["kernels"],
                 on_images=on_images,
                 on_epoch=lambda member: on_epoch(whole[member]),
                 on_failed=lambda member, error: failures.__setitem__(whole[member], error),

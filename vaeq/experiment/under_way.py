@@ -41,6 +41,7 @@ from vaeq.runs.record import (
 )
 from vaeq.trackers import Log
 from vaeq.training.checkpoint import load_checkpoint
+from vaeq.training.elementwise import resolve_kernels
 from vaeq.training.loop import State
 
 Notify = Callable[[Event], None]
@@ -131,7 +132,9 @@ def begin(config: RunConfig, notify: Notify, threads: int, locks: ExitStack) -> 
     if not history:
         # Of a training that is over; it would contradict the checkpoints to come.
         (directory / HISTORY).unlink(missing_ok=True)
-    provenance = _provenance(images, precision, threads)
+    mlp = config.model == "mlp"
+    kernels = resolve_kernels(config.kernels, images.train.device) if mlp else "torch"
+    provenance = _provenance(images, precision, kernels, threads)
     log = Log(config, history, lambda text: notify(Event("note", run_name(config), message=text)))
     locks.callback(log.close)
     first = len(history)
@@ -179,7 +182,7 @@ def _damage_words(damaged: dict[str, str], epochs: int) -> str:
     return f"{words}. The run {remedy}."
 
 
-def _provenance(images: Images, precision: str, threads: int) -> dict[str, Any]:
+def _provenance(images: Images, precision: str, kernels: str, threads: int) -> dict[str, Any]:
     device = images.train.device
     return {
         "vaeq": __version__,
@@ -188,6 +191,7 @@ def _provenance(images: Images, precision: str, threads: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "machine": platform.machine(),
         "precision": precision,
+        "kernels": kernels,
         "threads": threads,
         "data": {
             "name": images.name,

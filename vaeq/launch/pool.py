@@ -200,7 +200,9 @@ class Pool:
         depths = {c: (c.encoder_depth, c.decoder_depth) * (c.model == "conv") for c in configs}
         # Of several sizes the one that needs most memory, which comes last.
         by_size = sorted(configs, key=lambda config: needed(config).total)
-        distinct = {(c.data, c.device, c.precision, c.logger, depths[c]): c for c in by_size}
+        distinct = {
+            (c.data, c.device, c.precision, c.kernels, c.logger, depths[c]): c for c in by_size
+        }
         try:
             worker.pipe.send(list(distinct.values()))
             message = worker.pipe.recv()

@@ -12,35 +12,20 @@ it there: padding changes no number of the member.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from vaeq.models.conv import ConvVAE
-from vaeq.models.elbo import gaussian_kl
 from vaeq.models.mlp import ACTIVATIONS, VAE
+from vaeq.training.elementwise import PIXEL, Operations, elementwise
 
 # What a product is computed in. Weights, moments, sums and every measure are float32 or better.
 PRECISIONS = ("fp32", "tf32", "bf16")
-# A grey level of 255 is a pixel of 1.
-_PIXEL = 1 / 255
-_aten = torch.ops.aten
-# f'(a) g from the gradient g, the input a and the output h = f(a): what autograd calls as well.
-_DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "relu": lambda g, a, h: _aten.threshold_backward(g, h, 0),
-    "leaky_relu": lambda g, a, h: _aten.leaky_relu_backward(g, a, 0.01, False),
-    "elu": lambda g, a, h: _aten.elu_backward(g, 1.0, 1.0, 1.0, True, h),
-    "gelu": lambda g, a, h: _aten.gelu_backward(g, a),
-    "silu": lambda g, a, h: _aten.silu_backward(g, a),
-    "softplus": lambda g, a, h: _aten.softplus_backward(g, a, 1.0, 20.0),
-    "tanh": lambda g, a, h: _aten.tanh_backward(g, h),
-}
 
 
 @dataclass
@@ -64,10 +49,7 @@ class _Linear:
 
 @dataclass
 class _Stretch:
-    """Adam (Kingma and Ba 2015) on members side by side, all views of the ensemble's stacks.
-
-    Torch's functional form: its Optimizer class imports the compiler, 0.8 s, and keeps books.
-    """
+    """Adam on members side by side, all views of the ensemble's stacks."""
 
     rows: slice
     weights: Tensor
@@ -78,23 +60,14 @@ class _Stretch:
     base_rate: float
     rate: float | Tensor
 
-    def step(self) -> None:
-        adam(
-            [self.weights],
-            [self.grads],
-            [self.exp_avg],
-            [self.exp_avg_sq],
-            [],
-            [self.steps_done],
-            fused=True,
-            capturable=isinstance(self.rate, Tensor),
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=self.rate,
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
+    def step(self, elementwise: Operations) -> None:
+        elementwise.adam(
+            self.weights,
+            self.grads,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.steps_done,
+            self.rate,
         )
 
 
@@ -106,6 +79,7 @@ class Ensemble:
         moments: Adam's state of each; an empty one starts at 0.
         learning_rates: one a member.
         precision: of the matrix products, one of ``PRECISIONS``; tf32 needs a GPU.
+        kernels: of the rest of a step, ``compiled`` or ``torch``, see ``elementwise``.
     """
 
     def __init__(
@@ -114,15 +88,17 @@ class Ensemble:
         moments: Sequence[Moments],
         learning_rates: Sequence[float],
         precision: str = "fp32",
+        kernels: str = "torch",
     ) -> None:
         first = vaes[0]
+        self._elementwise = elementwise(kernels)
         self.latent_dims = [vae.latent_dim for vae in vaes]
         self.widest = max(self.latent_dims)
         self.device = next(first.parameters()).device
         # Of a rectifier the derivative is told by the output: its input need not be kept.
         rectified = first.activation == "relu"
         self._activation = torch.relu_ if rectified else ACTIVATIONS[first.activation]()
-        self._derivative = _DERIVATIVES[first.activation]
+        self._kind = first.activation
         self._head = f"encoder.{len(first.encoder) - 1}."
         self._shapes = {
             name: self._padded_shape(name, p.shape, first.latent_dim)
@@ -238,7 +214,7 @@ class Ensemble:
         """
         self.gradient(x.float(), noise, kl_weight)
         for stretch in self._adam:
-            stretch.step()
+            stretch.step(self._elementwise)
         if self._low is not self._weights:
             self._low.copy_(self._weights)
 
@@ -246,29 +222,24 @@ class Ensemble:
     def gradient(self, x: Tensor, noise: Tensor, kl_weight: Tensor) -> None:
         """Writes the gradient of a step's loss; x (E, B, pixels) are levels 0 to 255 in float32.
 
-        With ℓ the logits, ∂(−log p(x|z))/∂ℓ = sigmoid(ℓ) − x; with z = μ + σε, ∂z/∂μ = 1 and
-        ∂z/∂log σ² = ½σε; ∂KL/∂μ = μ and ∂KL/∂log σ² = ½(σ² − 1). Factors, 1/255 of a pixel and 1/B
-        of an image, are left to the products, which cost the same with one.
+        Factors, 1/255 of a pixel and 1/B of an image, are left to the products, which cost the
+        same with one.
         """
         share = 1 / x.shape[1]
-        encoded, head = self._forward(self._encoder, x.to(self._low.dtype), _PIXEL)
-        mean, logvar = head.float().chunk(2, dim=2)
-        deviation = torch.exp(0.5 * logvar).mul_(noise)
-        decoded, low_logits = self._forward(self._decoder, (mean + deviation).to(self._low.dtype))
-        logits = low_logits.float()
-        probability = torch.sigmoid(logits)
-        self._log_px_total += _log_likelihood(logits, probability, x)
-        self._kl_total += gaussian_kl(mean, logvar).sum(1)
-
-        grad = probability.sub_(x, alpha=_PIXEL).to(self._low.dtype)
-        grad_z = self._backward(self._decoder, decoded, grad, scale=share)
+        low = self._low.dtype
+        encoded, head = self._forward(self._encoder, x.to(low), PIXEL)
+        head = head.float()
+        z, deviation = self._elementwise.code(head, noise, self._kl_total)
+        decoded, logits = self._forward(self._decoder, z.to(low))
+        grad = self._elementwise.likelihood(
+            logits.float(), x, self._log_px_total, self._decoder[-1].bias_grad, share
+        )
+        grad_z = self._backward(self._decoder, decoded, grad.to(low), scale=share)
         assert grad_z is not None
-        grad_z = grad_z.float()
-        weight = kl_weight * share
-        grad_mean = torch.addcmul(grad_z, mean, weight)
-        grad_logvar = grad_z.mul_(deviation).addcmul_(torch.expm1(logvar), weight).mul_(0.5)
-        grad = torch.cat([grad_mean, grad_logvar], 2).to(self._low.dtype)
-        self._backward(self._encoder, encoded, grad, unit=_PIXEL, to_input=False)
+        grad = self._elementwise.code_gradient(
+            head, grad_z.float(), deviation, kl_weight * share, self._encoder[-1].bias_grad
+        )
+        self._backward(self._encoder, encoded, grad.to(low), unit=PIXEL, to_input=False)
 
     def _forward(
         self, layers: Sequence[_Linear], h: Tensor, unit: float = 1
@@ -291,11 +262,14 @@ class Ensemble:
         unit: float = 1,
         to_input: bool = True,
     ) -> Tensor | None:
-        """Writes the gradient of every layer; returns that of the input, if it is wanted.
+        """Writes the gradient of every weight and, but for the last layer's, of every bias.
 
         Args:
             grad: of the last output, to be taken ``scale`` times.
             unit: of the first input.
+
+        Returns:
+            The gradient of the input, if it is wanted.
         """
         for i in reversed(range(len(layers))):
             layer, h = layers[i], seen[i][0]
@@ -304,14 +278,14 @@ class Ensemble:
                 layer.weight_grad.baddbmm_(grad.mT, h, beta=0, alpha=factor)
             else:
                 layer.weight_grad.copy_(_product(grad.mT, h, factor))
-            torch.sum(grad, 1, keepdim=True, dtype=torch.float32, out=layer.bias_grad)
-            if scale != 1:
-                layer.bias_grad.mul_(scale)
             if i == 0 and not to_input:
                 return None
             grad, scale = _product(grad, layer.weight, scale), 1
             if i > 0:
-                grad = self._derivative(grad, seen[i - 1][1], h)
+                before, below = seen[i - 1][1], layers[i - 1]
+                grad = self._elementwise.activation_gradient(
+                    self._kind, grad, before, h, below.bias_grad
+                )
         return grad
 
     @torch.no_grad()
@@ -349,22 +323,6 @@ def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return torch.bmm(a, b)
     return torch.baddbmm(b[:, :1], a, b, beta=0, alpha=scale)  # of what is added only the shape
-
-
-def _log_likelihood(logits: Tensor, probability: Tensor, x: Tensor) -> Tensor:
-    """Sum over a batch of log p(x|z), (E,) nats, as ``elbo.reconstruction`` has it image by image.
-
-    With ℓ the logits and π = sigmoid(ℓ), which the gradient needs as well, log p(x|z) is
-    Σ x ℓ − max(ℓ, 0) + log max(π, 1 − π): half the passes over memory, and no second sigmoid.
-
-    Args:
-        logits, probability: (E, B, pixels); the logits are overwritten.
-        x: (E, B, pixels), grey levels from 0 to 255.
-    """
-    cross = torch.bmm(x.flatten(1)[:, None], logits.flatten(1)[:, :, None]).flatten()
-    likely = torch.maximum(probability, 1 - probability).log2_().sum((1, 2))
-    rectified = logits.clamp_min_(0).sum((1, 2))
-    return cross.mul_(_PIXEL).sub_(rectified).add_(likely, alpha=math.log(2))
 
 
 def _networks(vae: VAE) -> tuple[list[str], list[str]]:

@@ -89,6 +89,7 @@ def fit(
     recipe: Recipe,
     *,
     precision: str = "fp32",
+    kernels: str = "torch",
     on_images: Callable[[int, int], None] = lambda epoch, done: None,
     on_epoch: Callable[[State], None] = lambda state: None,
 ) -> None:
@@ -106,6 +107,7 @@ def fit(
         images,
         [recipe],
         precision=precision,
+        kernels=kernels,
         on_images=on_images,
         on_epoch=lambda member: on_epoch(state),
         on_failed=failed,
@@ -118,6 +120,7 @@ def fit_together(
     recipes: Sequence[Recipe],
     *,
     precision: str = "fp32",
+    kernels: str = "torch",
     on_images: Callable[[int, int], None] = lambda epoch, done: None,
     on_epoch: Callable[[int], None] = lambda member: None,
     on_failed: Callable[[int, VaeqError], None],
@@ -136,6 +139,7 @@ def fit_together(
         recipes: with one epochs, batch_size, warm-up of the learning rate and schedule; the rest
             may differ.
         precision: of the matrix products of the training step, see ``ensemble.PRECISIONS``.
+        kernels: of the rest of it, ``compiled`` or ``torch``, see ``elementwise``.
         on_images: called with (epoch, images done in it) every 32 steps; nothing waits for it.
         on_epoch: called with a member's index after its every epoch; its state is up to date. A
             VaeqError that it raises is that member's failure.
@@ -151,6 +155,7 @@ def fit_together(
                 [states[i].moments for i in active],
                 [recipes[i].learning_rate for i in active],
                 precision,
+                kernels,
             )
             step: Callable[[Tensor, Tensor, Tensor], None] = ensemble.step
             if isinstance(ensemble, Ensemble) and ensemble.device.type == "cuda":
@@ -186,10 +191,12 @@ def _program(
     moments: Sequence[Moments],
     learning_rates: Sequence[float],
     precision: str,
+    kernels: str,
 ) -> Program:
     """What takes the steps: stacked linear layers, or one network of others by autograd."""
-    kind = Autograd if isinstance(vaes[0], ConvVAE) else Ensemble
-    return kind(vaes, moments, learning_rates, precision)
+    if isinstance(vaes[0], ConvVAE):
+        return Autograd(vaes, moments, learning_rates, precision)
+    return Ensemble(vaes, moments, learning_rates, precision, kernels)
 
 
 def train_epoch(
