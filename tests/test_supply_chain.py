@@ -108,7 +108,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sources() -> set[str]:
     """Names in the wheel of all that the packages hold: code, presets, MNIST, the page."""
-    kept = {".py", ".yaml", ".gz", ".j2", ".css", ".js", ".typed"}
+    kept = {".py", ".c", ".yaml", ".gz", ".j2", ".css", ".js", ".typed"}
     names = {path.relative_to(ROOT) for folder in ("vaeq", "configs") for path in walk(folder)}
     renamed = {
         Path("hydra_plugins/vaeq", *path.parts[2:])

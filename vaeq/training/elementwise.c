@@ -88,7 +88,9 @@ void bernoulli(int64_t members, int64_t batch, int64_t pixels, float *logits, co
 void rectified(int64_t members, int64_t batch, int64_t units, float *grad, const float *output,
                float *bias_grad, int64_t stride, int threads) {
   int64_t blocks = (units + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+  /* Of less, waiting for the other threads takes longer than doing it. */
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) \
+    if (members * batch * units > 1 << 17)
   for (int64_t e = 0; e < members; e++) {
     for (int64_t block = 0; block < blocks; block++) {
       int64_t first = block * COLUMNS, width = smaller(COLUMNS, units - first);
