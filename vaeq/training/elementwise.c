@@ -5,16 +5,18 @@
    the biases, whose members lie `stride` apart. Numbers that are none stay so: a member that
    diverges must be seen to.
 
-   Every sum has one order, whatever the number of threads: a thread has whole columns or whole
-   members. Without OpenMP the pragmas are ignored, and one thread does it all. */
+   Every sum has one order, whatever the number of threads: a thread has whole blocks of rows or of
+   columns, or whole members. Without OpenMP the pragmas are ignored, and one thread does it all. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-/* Columns that a thread has at a time: their sums stay in registers or in the first cache. */
+/* Images whose likelihood has sums of its own. */
+#define ROWS 16
+const int64_t rows = ROWS;
+/* Units that a thread has at a time: their sums stay in registers or in the first cache. */
 #define COLUMNS 112
-const int64_t columns = COLUMNS;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -50,22 +52,24 @@ static inline float log_one_plus(float e) {
   return 2 * s * (sum * square + 1);
 }
 
+/* log_px: (members, blocks of rows); columns: (members, blocks of rows, pixels), to work in. */
 void bernoulli(int64_t members, int64_t batch, int64_t pixels, float *logits, const float *x,
-               float unit, double *sums, float *bias_grad, int64_t stride, float share,
-               int threads) {
-  int64_t blocks = (pixels + COLUMNS - 1) / COLUMNS;
+               float unit, double *log_px, float *columns, float *bias_grad, int64_t stride,
+               float share, int threads) {
+  int64_t blocks = (batch + ROWS - 1) / ROWS;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (int64_t e = 0; e < members; e++) {
     for (int64_t block = 0; block < blocks; block++) {
-      int64_t first = block * COLUMNS, width = smaller(COLUMNS, pixels - first);
-      float column[COLUMNS] = {0};
+      int64_t first = block * ROWS, end = smaller(first + ROWS, batch);
+      float *column = columns + (e * blocks + block) * pixels;
+      memset(column, 0, pixels * sizeof *column);
       double sum = 0;
-      for (int64_t i = 0; i < batch; i++) {
-        float *row = logits + (e * batch + i) * pixels + first;
-        const float *level = x + (e * batch + i) * pixels + first;
+      for (int64_t i = first; i < end; i++) {
+        float *row = logits + (e * batch + i) * pixels;
+        const float *level = x + (e * batch + i) * pixels;
         float likelihood = 0;
 #pragma omp simd reduction(+ : likelihood)
-        for (int64_t j = 0; j < width; j++) {
+        for (int64_t j = 0; j < pixels; j++) {
           float logit = row[j], pixel = level[j] * unit, scale;
           float size = fabsf(logit);
           float rest = exponential(size > 87 ? -87 : -size, &scale);
@@ -78,10 +82,15 @@ void bernoulli(int64_t members, int64_t batch, int64_t pixels, float *logits, co
         }
         sum += likelihood;
       }
-      sums[e * blocks + block] = sum;
-      for (int64_t j = 0; j < width; j++)
-        bias_grad[e * stride + first + j] = column[j] * share;
+      log_px[e * blocks + block] = sum;
     }
+  }
+  for (int64_t e = 0; e < members; e++) {
+    float *sums = bias_grad + e * stride;
+    memset(sums, 0, pixels * sizeof *sums);
+    for (int64_t block = 0; block < blocks; block++)
+      for (int64_t j = 0; j < pixels; j++)
+        sums[j] += share * columns[(e * blocks + block) * pixels + j];
   }
 }
 

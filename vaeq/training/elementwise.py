@@ -210,7 +210,7 @@ class Loops(Operations):
         array, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         shape, threads = [size] * 3, ctypes.c_int
         arguments = {
-            "bernoulli": [*shape, array, array, number, array, array, size, number, threads],
+            "bernoulli": [*shape, *[array] * 2, number, *[array] * 3, size, number, threads],
             "latent": [*shape, *[array] * 5, threads],
             "latent_gradient": [*shape, *[array] * 5, size, threads],
             "rectified": [*shape, *[array] * 3, size, threads],
@@ -220,21 +220,26 @@ class Loops(Operations):
             function = getattr(functions, name)
             function.argtypes, function.restype = types, None
         self._functions = functions
-        self._columns = ctypes.c_int64.in_dll(functions, "columns").value
+        self._rows = ctypes.c_int64.in_dll(functions, "rows").value
 
     def likelihood(
         self, logits: Tensor, x: Tensor, log_px_sum: Tensor, bias_grad: Tensor, share: float
     ) -> Tensor:
         logits, x = logits.contiguous(), x.contiguous()
-        # A sum for every block of columns: their order does not hang on the threads.
-        blocks = -(-logits.shape[2] // self._columns)
-        sums = torch.empty(len(logits), blocks, dtype=torch.float64)
+        # Sums for every block of images: their order does not hang on the threads.
+        members, batch, pixels = logits.shape
+        blocks = -(-batch // self._rows)
+        sums = torch.empty(members, blocks, dtype=torch.float64)
+        columns = torch.empty(members, blocks, pixels)
         self._functions.bernoulli(
-            *logits.shape,
+            members,
+            batch,
+            pixels,
             logits.data_ptr(),
             x.data_ptr(),
             PIXEL,
             sums.data_ptr(),
+            columns.data_ptr(),
             bias_grad.data_ptr(),
             bias_grad.stride(0),
             share,
