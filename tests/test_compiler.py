@@ -121,9 +121,26 @@ def test_a_function_of_openmp_that_the_process_lacks_is_done_without(source: Pat
     assert works(load(source))
 
 
-def test_a_home_that_cannot_be_written_is_done_without(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiler_may_have_options(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.write_text("#include <stdint.h>\nint64_t twice(int64_t n) { return FACTOR * n; }\n")
+    assert load(source) is None
+    monkeypatch.setenv("CC", "cc -DFACTOR=2")
+    assert works(load(source))
+    monkeypatch.setenv("CC", "cc -DFACTOR=3")
+    functions = load(source)
+    assert functions is not None
+    assert functions.twice(2) == 6
+
+
+def test_a_home_that_cannot_be_written_is_done_without(source: Path, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     assert works(load(source))
     assert (tmp_path / "home").read_text() == "a file"
+
+
+def test_nobody_needs_a_home(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert works(load(source))

@@ -6,10 +6,12 @@ it holds: a processor that lacks an instruction never meets it, and a damaged fi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -31,43 +33,53 @@ _LONGEST = 60  # seconds; it takes half of one
 def compiled(source: Path) -> ctypes.CDLL | None:
     """The functions of a C file; None without a compiler, or where it fails.
 
-    ``CC`` names the compiler, else it is ``cc``.
+    ``CC`` names the compiler, perhaps with options; else it is ``cc``.
     """
-    compiler = shutil.which(os.environ.get("CC") or "cc")
+    name, *options = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    compiler = shutil.which(name)
     if compiler is None:
         return None
     for variant in _VARIANTS:
-        try:
-            return _load(source, compiler, (*_FLAGS, *variant))
-        except (OSError, subprocess.SubprocessError):
-            continue
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return _load(source, [compiler, *options, *_FLAGS, *variant])
     return None
 
 
-def _load(source: Path, compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    made_of = hashlib.sha256(source.read_bytes())
-    tool = Path(compiler).resolve()
+def _load(source: Path, command: list[str]) -> ctypes.CDLL:
+    tool = Path(command[0]).resolve()
     facts = tool.stat()
-    made_of.update(repr((flags, str(tool), facts.st_size, facts.st_mtime_ns)).encode())
+    made_of = hashlib.sha256(source.read_bytes())
+    made_of.update(repr((command, str(tool), facts.st_size, facts.st_mtime_ns)).encode())
     made_of.update(repr((platform.machine(), sorted(cpu_flags()))).encode())
     name = f"{source.stem}-{made_of.hexdigest()[:32]}"
-    folder = _CACHE.expanduser()
-    for kept in sorted(folder.glob(f"{name}-*.so")):
-        if kept.stem.rpartition("-")[2] == _digest(kept):
-            return ctypes.CDLL(str(kept))
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=folder)
-    except OSError:
-        scratch = tempfile.TemporaryDirectory()  # compiled anew by every process
-    with scratch:
-        made = Path(scratch.name) / f"{name}.so"
-        command = [compiler, *flags, str(source), "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=_LONGEST)
+    folder = _folder()
+    for kept in sorted(folder.glob(f"{name}-*.so")) if folder else []:
+        with contextlib.suppress(OSError):
+            if kept.stem.rpartition("-")[2] == _digest(kept):
+                return ctypes.CDLL(str(kept))
+    # Without a folder to keep it in, every process compiles it for itself.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / f"{name}.so"
+        subprocess.run(
+            [*command, str(source), "-o", str(made), "-lm"],
+            check=True,
+            capture_output=True,
+            timeout=_LONGEST,
+        )
         functions = ctypes.CDLL(str(made))
-        if made.parent.parent == folder:
+        if folder is not None:
             made.replace(folder / f"{name}-{_digest(made)}.so")
         return functions
+
+
+def _folder() -> Path | None:
+    """Where compiled files are kept; None where nobody has a home, or it cannot be written."""
+    try:
+        folder = _CACHE.expanduser()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _digest(file: Path) -> str:
