@@ -38,8 +38,7 @@ def prepare(config: RunConfig, members: int = 1) -> tuple[str, Images]:
     require(config)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    if config.model == "mlp":
-        resolve_kernels(config.kernels, device)
+    step_kernels(config, device)
     images = _images(config.data, device)
     if config.model == "conv":
         require_depth(images.shape, config.encoder_depth, config.decoder_depth)
@@ -49,6 +48,15 @@ def prepare(config: RunConfig, members: int = 1) -> tuple[str, Images]:
         need = needed(config, members=members, threads=threads, shape=images.shape, **n)
         require_memory(need, *free_memory(device), config)
     return precision, images
+
+
+def step_kernels(config: RunConfig, device: torch.device) -> str:
+    """What does the rest of a step: ``compiled`` or ``torch``, which other models than mlp have.
+
+    Raises:
+        InputError: compiled ones were asked for, and cannot be had.
+    """
+    return resolve_kernels(config.kernels, device) if config.model == "mlp" else "torch"
 
 
 def build(config: RunConfig, images: Images) -> State:

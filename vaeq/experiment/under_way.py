@@ -18,7 +18,7 @@ from vaeq import __version__
 from vaeq.config import RunConfig, config_hash, run_name
 from vaeq.data.images import Images
 from vaeq.errors import DiskError, VaeqError
-from vaeq.experiment.preparation import build, prepare
+from vaeq.experiment.preparation import build, prepare, step_kernels
 from vaeq.files.checksum import DamagedFile
 from vaeq.launch.progress import Event
 from vaeq.runs.lock import RunLock
@@ -41,7 +41,6 @@ from vaeq.runs.record import (
 )
 from vaeq.trackers import Log
 from vaeq.training.checkpoint import load_checkpoint
-from vaeq.training.elementwise import resolve_kernels
 from vaeq.training.loop import State
 
 Notify = Callable[[Event], None]
@@ -132,8 +131,7 @@ def begin(config: RunConfig, notify: Notify, threads: int, locks: ExitStack) -> 
     if not history:
         # Of a training that is over; it would contradict the checkpoints to come.
         (directory / HISTORY).unlink(missing_ok=True)
-    mlp = config.model == "mlp"
-    kernels = resolve_kernels(config.kernels, images.train.device) if mlp else "torch"
+    kernels = step_kernels(config, images.train.device)
     provenance = _provenance(images, precision, kernels, threads)
     log = Log(config, history, lambda text: notify(Event("note", run_name(config), message=text)))
     locks.callback(log.close)

@@ -95,7 +95,7 @@ def load_decoder(directory: Path) -> Decoder:
         raise InputError(f"{directory} is a ppca run; samples are drawn from model=mlp and conv.")
     # The record may be anybody's: it must not make this machine fetch files and write them.
     data_here = replace(config.data, download=False)
-    config = replace(config, data=data_here, logger="none", kernels="auto")
+    config = replace(config, data=data_here, logger="none", kernels="torch")
     _, images = prepare(config)
     data = record.provenance.get("data")
     if not isinstance(data, dict) or images.md5 != data.get("md5"):

@@ -39,6 +39,14 @@ static inline float exponential(float x, float *scale) {
   return rest;
 }
 
+/* sigma^2 - 1 = (sigma - 1) (sigma + 1), exact near a variance of 1. */
+static inline float excess_variance(float logvar, float *sigma) {
+  float half = 0.5f * logvar, scale;
+  float rest = exponential(half < -87 ? -87 : half > 88 ? 88 : half, &scale);
+  *sigma = half > 88 ? INFINITY : scale + scale * rest;
+  return (scale * rest + (scale - 1)) * (*sigma + 1);
+}
+
 /* log(1 + e) for 0 <= e <= 1: 2 artanh(s), s = e / (2 + e) <= 1/3. */
 static inline float log_one_plus(float e) {
   float s = e / (2 + e), square = s * s;
@@ -130,14 +138,10 @@ void latent(int64_t members, int64_t batch, int64_t dims, const float *head, con
       float divergence = 0;
 #pragma omp simd reduction(+ : divergence)
       for (int64_t j = 0; j < dims; j++) {
-        float half = 0.5f * logvar[j], scale;
-        float rest = exponential(half < -87 ? -87 : half > 88 ? 88 : half, &scale);
-        float sigma = half > 88 ? INFINITY : scale + scale * rest;
+        float sigma, excess = excess_variance(logvar[j], &sigma);
         float offset = sigma * noise[image * dims + j];
         deviation[image * dims + j] = offset;
         z[image * dims + j] = mean[j] + offset;
-        /* sigma^2 - 1 = (sigma - 1) (sigma + 1) */
-        float excess = (scale * rest + (scale - 1)) * (sigma + 1);
         divergence += 0.5f * (mean[j] * mean[j] + excess - logvar[j]);
       }
       sum += divergence;
@@ -160,10 +164,7 @@ void latent_gradient(int64_t members, int64_t batch, int64_t dims, float *head,
       const float *grad = grad_z + image * dims, *offset = deviation + image * dims;
 #pragma omp simd
       for (int64_t j = 0; j < dims; j++) {
-        float half = 0.5f * logvar[j], scale;
-        float rest = exponential(half < -87 ? -87 : half > 88 ? 88 : half, &scale);
-        float sigma = half > 88 ? INFINITY : scale + scale * rest;
-        float excess = (scale * rest + (scale - 1)) * (sigma + 1);
+        float sigma, excess = excess_variance(logvar[j], &sigma);
         mean[j] = grad[j] + weight * mean[j];
         logvar[j] = 0.5f * (grad[j] * offset[j] + weight * excess);
         sums[j] += mean[j];
