@@ -15,7 +15,7 @@ import torch
 from tests.warm import Warm
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
 from vaeq.data.images import Images, load_images
-from vaeq.training.elementwise import resolve_kernels
+from vaeq.training.kernels import resolve_kernels
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -28,7 +28,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(params=["torch", "compiled"])
 def kernels(request: pytest.FixtureRequest) -> str:
-    """Both implementations of ``vaeq.training.elementwise``, where this machine has both."""
+    """Both implementations of ``vaeq.training.kernels``, where this machine has both."""
     if request.param == "compiled" and resolve_kernels("auto", torch.device("cpu")) != "compiled":
         pytest.skip("nothing compiles C here")
     return str(request.param)

@@ -23,7 +23,7 @@ from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.launch.progress import Event
 from vaeq.report import write_report
 from vaeq.runs.record import RECORD, RunRecord, read_record, run_directory
-from vaeq.training.elementwise import resolve_kernels
+from vaeq.training.kernels import resolve_kernels
 
 FILES = {
     ".lock",
@@ -198,7 +198,7 @@ def test_kernels_change_the_time_and_not_the_result(tiny: RunConfig, tmp_path: P
 def test_without_a_compiler_a_run_is_made_by_torch_or_refused_if_it_must_not(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vaeq.training.elementwise.compiled", lambda source: None)
+    monkeypatch.setattr("vaeq.training.kernels.compiled", lambda *sources: None)
     with pytest.raises(InputError, match="kernels=compiled cannot be had: no C compiler works"):
         events_of(replace(tiny, kernels="compiled"))
     assert not Path(tiny.outputs).exists()

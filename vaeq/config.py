@@ -343,8 +343,8 @@ class RunConfig:
     )
     kernels: str = key(
         "auto",
-        "the rest of the training step of model=mlp; compiled: loops in C, on a CPU; torch: its "
-        "operations; auto: compiled where there is a C compiler",
+        "what takes the training steps of model=mlp; compiled: C, on a CPU; torch: its operations; "
+        "auto: compiled where there is a C compiler",
         choices=("auto", "compiled", "torch"),
         science=False,
     )

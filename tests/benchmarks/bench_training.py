@@ -33,8 +33,8 @@ from vaeq.launch.pool import Pool, available_cores
 from vaeq.launch.sweep import SweepResult
 from vaeq.posterior.aggregated import AggregatedPosterior
 from vaeq.threads import in_threads
-from vaeq.training.elementwise import resolve_kernels
 from vaeq.training.ensemble import Ensemble, encode_all
+from vaeq.training.kernels import resolve_kernels
 from vaeq.training.loop import State, fit, fit_together, train_epoch
 
 # A quarter of MNIST, where every loop takes long enough to be timed.
@@ -285,7 +285,7 @@ def bench_startup() -> list[dict[str, Any]]:
         "import time, torch\nbegan = time.perf_counter()\n"
         "from vaeq.config import RunConfig; from vaeq.experiment import prepare, build, recipe\n"
         "from vaeq.training.ensemble import Ensemble; from vaeq.training.loop import train_epoch\n"
-        "from vaeq.training.elementwise import resolve_kernels\n"
+        "from vaeq.training.kernels import resolve_kernels\n"
         "c = RunConfig(); precision, images = prepare(c); s = build(c, images)\n"
         "kernels = resolve_kernels(c.kernels, images.train.device)\n"
         "e = Ensemble([s.vae], [s.moments], [1e-3], precision, kernels)\n"

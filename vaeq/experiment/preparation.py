@@ -16,7 +16,7 @@ from vaeq.models.conv import ConvVAE, require_depth
 from vaeq.models.mlp import VAE
 from vaeq.seeds import derive_seed
 from vaeq.trackers import require
-from vaeq.training.elementwise import resolve_kernels
+from vaeq.training.kernels import resolve_kernels
 from vaeq.training.loop import Recipe, State
 
 

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -30,8 +31,8 @@ _LONGEST = 60  # seconds; it takes half of one
 
 
 @cache
-def compiled(source: Path) -> ctypes.CDLL | None:
-    """The functions of a C file; None without a compiler, or where it fails.
+def compiled(*sources: Path) -> ctypes.CDLL | None:
+    """The functions of C files; None without a compiler, or where it fails.
 
     ``CC`` names the compiler, perhaps with options; else it is ``cc``.
     """
@@ -41,17 +42,17 @@ def compiled(source: Path) -> ctypes.CDLL | None:
         return None
     for variant in _VARIANTS:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return _load(source, [compiler, *options, *_FLAGS, *variant])
+            return _load(sources, [compiler, *options, *_FLAGS, *variant])
     return None
 
 
-def _load(source: Path, command: list[str]) -> ctypes.CDLL:
+def _load(sources: Sequence[Path], command: list[str]) -> ctypes.CDLL:
     tool = Path(command[0]).resolve()
     facts = tool.stat()
-    made_of = hashlib.sha256(source.read_bytes())
+    made_of = hashlib.sha256(repr([source.read_bytes() for source in sources]).encode())
     made_of.update(repr((command, str(tool), facts.st_size, facts.st_mtime_ns)).encode())
     made_of.update(repr((platform.machine(), sorted(cpu_flags()))).encode())
-    name = f"{source.stem}-{made_of.hexdigest()[:32]}"
+    name = f"{sources[0].stem}-{made_of.hexdigest()[:32]}"
     folder = _folder()
     for kept in sorted(folder.glob(f"{name}-*.so")) if folder else []:
         with contextlib.suppress(OSError):
@@ -61,7 +62,7 @@ def _load(source: Path, command: list[str]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / f"{name}.so"
         subprocess.run(
-            [*command, str(source), "-o", str(made), "-lm"],
+            [*command, *map(str, sources), "-o", str(made), "-lm"],
             check=True,
             capture_output=True,
             timeout=_LONGEST,

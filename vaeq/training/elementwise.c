@@ -1,12 +1,13 @@
-/* What a training step does beside its matrix products, each part in one pass over memory.
+/* What a training step does between encoder and decoder and after them, each in one pass over
+   memory.
 
-   elementwise.py compiles this file where there is a C compiler, and has the formulas, the shapes
+   kernels.py compiles this file where there is a C compiler, and has the formulas, the shapes
    and the same operations in torch. All arrays are float32 and contiguous but for the gradients of
    the biases, whose members lie `stride` apart. Numbers that are none stay so: a member that
    diverges must be seen to.
 
-   Every sum has one order, whatever the number of threads: a thread has whole blocks of rows or of
-   columns, or whole members. Without OpenMP the pragmas are ignored, and one thread does it all. */
+   Every sum has one order, whatever the number of threads: a thread has whole blocks of rows, or
+   whole members. Without OpenMP the pragmas are ignored, and one thread does it all. */
 
 #include <math.h>
 #include <stdint.h>
@@ -15,8 +16,6 @@
 /* Images whose likelihood has sums of its own. */
 #define ROWS 16
 const int64_t rows = ROWS;
-/* Units that a thread has at a time: their sums stay in registers or in the first cache. */
-#define COLUMNS 112
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -60,11 +59,19 @@ static inline float log_one_plus(float e) {
   return 2 * s * (sum * square + 1);
 }
 
-/* log_px: (members, blocks of rows); columns: (members, blocks of rows, pixels), to work in. */
+void levels(int64_t size, const uint8_t *images, float *x, int threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < size; i++)
+    x[i] = images[i];
+}
+
+/* scratch: room for a double and `pixels` numbers of every block of rows of every member. */
 void bernoulli(int64_t members, int64_t batch, int64_t pixels, float *logits, const float *x,
-               float unit, double *log_px, float *columns, float *bias_grad, int64_t stride,
-               float share, int threads) {
+               float unit, double *log_px, float *bias_grad, int64_t stride, float share,
+               void *scratch, int threads) {
   int64_t blocks = (batch + ROWS - 1) / ROWS;
+  double *block_sums = scratch;
+  float *columns = (float *)(block_sums + members * blocks);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (int64_t e = 0; e < members; e++) {
     for (int64_t block = 0; block < blocks; block++) {
@@ -90,39 +97,16 @@ void bernoulli(int64_t members, int64_t batch, int64_t pixels, float *logits, co
         }
         sum += likelihood;
       }
-      log_px[e * blocks + block] = sum;
+      block_sums[e * blocks + block] = sum;
     }
   }
   for (int64_t e = 0; e < members; e++) {
     float *sums = bias_grad + e * stride;
     memset(sums, 0, pixels * sizeof *sums);
-    for (int64_t block = 0; block < blocks; block++)
+    for (int64_t block = 0; block < blocks; block++) {
+      log_px[e] += block_sums[e * blocks + block];
       for (int64_t j = 0; j < pixels; j++)
         sums[j] += share * columns[(e * blocks + block) * pixels + j];
-  }
-}
-
-void rectified(int64_t members, int64_t batch, int64_t units, float *grad, const float *output,
-               float *bias_grad, int64_t stride, int threads) {
-  int64_t blocks = (units + COLUMNS - 1) / COLUMNS;
-  /* Of less, waiting for the other threads takes longer than doing it. */
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) \
-    if (members * batch * units > 1 << 17)
-  for (int64_t e = 0; e < members; e++) {
-    for (int64_t block = 0; block < blocks; block++) {
-      int64_t first = block * COLUMNS, width = smaller(COLUMNS, units - first);
-      float column[COLUMNS] = {0};
-      for (int64_t i = 0; i < batch; i++) {
-        float *row = grad + (e * batch + i) * units + first;
-        const float *h = output + (e * batch + i) * units + first;
-        for (int64_t j = 0; j < width; j++) {
-          float passed = h[j] <= 0 ? 0 : row[j];
-          row[j] = passed;
-          column[j] += passed;
-        }
-      }
-      for (int64_t j = 0; j < width; j++)
-        bias_grad[e * stride + first + j] = column[j];
     }
   }
 }
@@ -151,11 +135,11 @@ void latent(int64_t members, int64_t batch, int64_t dims, const float *head, con
 }
 
 void latent_gradient(int64_t members, int64_t batch, int64_t dims, float *head,
-                     const float *grad_z, const float *deviation, const float *pull,
-                     float *bias_grad, int64_t stride, int threads) {
+                     const float *grad_z, const float *deviation, const float *kl_weight,
+                     float share, float *bias_grad, int64_t stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (members > 1)
   for (int64_t e = 0; e < members; e++) {
-    float *sums = bias_grad + e * stride, weight = pull[e];
+    float *sums = bias_grad + e * stride, weight = share * kl_weight[e];
     for (int64_t j = 0; j < 2 * dims; j++)
       sums[j] = 0;
     for (int64_t i = 0; i < batch; i++) {
@@ -171,18 +155,5 @@ void latent_gradient(int64_t members, int64_t batch, int64_t dims, float *head,
         sums[j + dims] += logvar[j];
       }
     }
-  }
-}
-
-void adam(int64_t size, float *weights, const float *grads, float *exp_avg, float *exp_avg_sq,
-          float share1, float share2, float rate, float correction, float eps, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < size; i++) {
-    float grad = grads[i];
-    float first = exp_avg[i] + share1 * (grad - exp_avg[i]);
-    float second = exp_avg_sq[i] + share2 * (grad * grad - exp_avg_sq[i]);
-    exp_avg[i] = first;
-    exp_avg_sq[i] = second;
-    weights[i] -= rate * first / (sqrtf(second) * correction + eps);
   }
 }

@@ -12,8 +12,9 @@ it there: padding changes no number of the member.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 from vaeq.models.conv import ConvVAE
-from vaeq.models.mlp import ACTIVATIONS, VAE
-from vaeq.training.elementwise import PIXEL, Operations, elementwise
+from vaeq.models.mlp import VAE
+from vaeq.training.kernels import PIXEL, Compiled, Linear, Stretch, operations
 
 # What a product is computed in. Weights, moments, sums and every measure are float32 or better.
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -37,40 +38,6 @@ class Moments:
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """One stacked layer, h (E, B, in) → (E, B, out), and where its gradient goes."""
-
-    weight: Tensor  # (E, out, in)
-    bias: Tensor  # (E, 1, out)
-    weight_grad: Tensor  # (E, out, in) float32
-    bias_grad: Tensor  # (E, 1, out) float32
-
-
-@dataclass
-class _Stretch:
-    """Adam on members side by side, all views of the ensemble's stacks."""
-
-    rows: slice
-    weights: Tensor
-    grads: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    steps_done: Tensor  # float32, no dimensions
-    base_rate: float
-    rate: float | Tensor
-
-    def step(self, elementwise: Operations) -> None:
-        elementwise.adam(
-            self.weights,
-            self.grads,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.steps_done,
-            self.rate,
-        )
-
-
 class Ensemble:
     """The weights of E VAEs, stacked to be trained as one.
 
@@ -79,7 +46,7 @@ class Ensemble:
         moments: Adam's state of each; an empty one starts at 0.
         learning_rates: one a member.
         precision: of the matrix products, one of ``PRECISIONS``; tf32 needs a GPU.
-        kernels: of the rest of a step, ``compiled`` or ``torch``, see ``elementwise``.
+        kernels: what takes the steps, ``compiled`` or ``torch``, see ``kernels``.
     """
 
     def __init__(
@@ -91,23 +58,22 @@ class Ensemble:
         kernels: str = "torch",
     ) -> None:
         first = vaes[0]
-        self._elementwise = elementwise(kernels)
+        self._kernels = operations(kernels)
         self.latent_dims = [vae.latent_dim for vae in vaes]
         self.widest = max(self.latent_dims)
         self.device = next(first.parameters()).device
-        # Of a rectifier the derivative is told by the output: its input need not be kept.
-        rectified = first.activation == "relu"
-        self._activation = torch.relu_ if rectified else ACTIVATIONS[first.activation]()
-        self._kind = first.activation
+        self._activation = first.activation
         self._head = f"encoder.{len(first.encoder) - 1}."
         self._shapes = {
             name: self._padded_shape(name, p.shape, first.latent_dim)
             for name, p in first.named_parameters()
         }
+        # Biases last: Adam's step of the weights may be part of the product that is their gradient.
+        places = sorted(self._shapes, key=lambda name: name.endswith(".bias"))
         ends = [0]
-        for shape in self._shapes.values():
-            ends.append(ends[-1] + shape.numel())
-        self._spans = dict(zip(self._shapes, pairwise(ends), strict=True))
+        for name in places:
+            ends.append(ends[-1] + self._shapes[name].numel())
+        self._spans = dict(zip(places, pairwise(ends), strict=True))
         # Member by member, so that the members of one learning rate are one tensor to Adam.
         self._weights = torch.zeros(len(vaes), ends[-1], device=self.device)
         self._grads = torch.zeros_like(self._weights)
@@ -123,7 +89,19 @@ class Ensemble:
         self._exact = [self._layers(self._weights, net) for net in _networks(first)]
         self.totals = torch.zeros(2, len(vaes), dtype=torch.float64, device=self.device)
         self._log_px_total, self._kl_total = self.totals
-        self._adam = self._stretches([own.step for own in moments], learning_rates)
+        self._stretches = self._in_stretches([own.step for own in moments], learning_rates)
+        self._descending: Compiled | None = None
+        if isinstance(self._kernels, Compiled) and self._kernels.multiplies(self._low.dtype):
+            self._descending = self._kernels
+        # What is left to Adam: where weights descend as their gradient is made, the biases.
+        biases = min(self._spans[name][0] for name in self._shapes if name.endswith(".bias"))
+        rest = slice(biases if self._descending else 0, None)
+        self._rest = (
+            self._weights[:, rest],
+            self._grads[:, rest],
+            self._exp_avg[:, rest],
+            self._exp_avg_sq[:, rest],
+        )
 
     def __len__(self) -> int:
         return len(self.latent_dims)
@@ -149,12 +127,12 @@ class Ensemble:
 
     def _get(self, row: Tensor, latent_dim: int) -> dict[str, Tensor]:
         found = {}
-        for name, span in self._spans.items():
-            padded = row[slice(*span)].view(self._shapes[name])
+        for name, shape in self._shapes.items():
+            padded = row[slice(*self._spans[name])].view(shape)
             found[name] = padded[self._place(name, latent_dim)].clone()
         return found
 
-    def _layers(self, weights: Tensor, names: Sequence[str]) -> list[_Linear]:
+    def _layers(self, weights: Tensor, names: Sequence[str]) -> list[Linear]:
         def view(stack: Tensor, name: str) -> Tensor:
             shape = self._shapes[name]
             rows = stack[:, slice(*self._spans[name])]
@@ -163,28 +141,32 @@ class Ensemble:
         layers = []
         for name in names:
             weight, bias = f"{name}.weight", f"{name}.bias"
-            grads = view(self._grads, weight), view(self._grads, bias)
-            layers.append(_Linear(view(weights, weight), view(weights, bias), *grads))
+            layers.append(
+                Linear(
+                    weight=view(weights, weight),
+                    bias=view(weights, bias),
+                    weight_grad=view(self._grads, weight),
+                    bias_grad=view(self._grads, bias),
+                    exp_avg=view(self._exp_avg, weight),
+                    exp_avg_sq=view(self._exp_avg_sq, weight),
+                )
+            )
         return layers
 
-    def _stretches(self, steps: Sequence[int], learning_rates: Sequence[float]) -> list[_Stretch]:
-        """One piece of work for Adam for members side by side with equal step and learning rate."""
+    def _in_stretches(self, steps: Sequence[int], learning_rates: Sequence[float]) -> list[Stretch]:
+        """Members side by side with equal step and learning rate, for Adam to take as one."""
         stretches = []
         start = 0
+        own, graph = isinstance(self._kernels, Compiled), self.device.type == "cuda"
+        device = self.device if graph else None
         for end in range(1, len(self) + 1):
             kind = steps[start], learning_rates[start]
             if end < len(self) and (steps[end], learning_rates[end]) == kind:
                 continue
-            rows = slice(start, end)
-            graph = self.device.type == "cuda"
             stretches.append(
-                _Stretch(
-                    rows=rows,
-                    weights=self._weights[rows],
-                    grads=self._grads[rows],
-                    exp_avg=self._exp_avg[rows],
-                    exp_avg_sq=self._exp_avg_sq[rows],
-                    steps_done=torch.tensor(float(kind[0]), device=self.device if graph else None),
+                Stretch(
+                    rows=slice(start, end),
+                    steps_done=kind[0] if own else torch.tensor(float(kind[0]), device=device),
                     base_rate=kind[1],
                     # A captured step reads the rate where it lies.
                     rate=torch.tensor(kind[1], device=self.device) if graph else kind[1],
@@ -195,7 +177,7 @@ class Ensemble:
 
     def scale_learning_rates(self, factor: float) -> None:
         """Every member's learning rate, as a multiple of its own."""
-        for stretch in self._adam:
+        for stretch in self._stretches:
             if isinstance(stretch.rate, Tensor):
                 stretch.rate.fill_(stretch.base_rate * factor)
             else:
@@ -212,57 +194,79 @@ class Ensemble:
 
         Adds the sums over the batch of log p(x|z) and KL, as before the step, to ``totals``.
         """
-        self.gradient(x.float(), noise, kl_weight)
-        for stretch in self._adam:
-            stretch.step(self._elementwise)
+        levels = self._kernels.levels(x)
+        if self._descending is None:
+            self.gradient(levels, noise, kl_weight)
+            self._kernels.adam(*self._rest, self._stretches)
+        else:
+            sizes = self._descending.step_sizes(self._stretches)
+            descend = partial(self._descending.descend, sizes)
+            self._differentiate(levels, noise, kl_weight, descend)
+            self._descending.take(sizes, *self._rest)
         if self._low is not self._weights:
             self._low.copy_(self._weights)
 
     @torch.no_grad()
     def gradient(self, x: Tensor, noise: Tensor, kl_weight: Tensor) -> None:
-        """Writes the gradient of a step's loss; x (E, B, pixels) are levels 0 to 255 in float32.
+        """Writes the gradient of a step's loss; x (E, B, pixels) are levels 0 to 255 in float32."""
+        self._differentiate(x, noise, kl_weight, self._kernels.weight_gradient)
+
+    def _differentiate(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        kl_weight: Tensor,
+        receive: Callable[[Tensor, Tensor, Linear, float], None],
+    ) -> None:
+        """Writes the gradient of the biases; ``receive`` is given what makes that of the weights.
+
+        It may change them: that is the last use of a layer's weights in a step.
 
         Factors, 1/255 of a pixel and 1/B of an image, are left to the products, which cost the
         same with one.
         """
-        share = 1 / x.shape[1]
+        kernels, share = self._kernels, 1 / x.shape[1]
         low = self._low.dtype
         encoded, head = self._forward(self._encoder, x.to(low), PIXEL)
         head = head.float()
-        z, deviation = self._elementwise.code(head, noise, self._kl_total)
+        z, deviation = kernels.code(head, noise, self._kl_total)
         decoded, logits = self._forward(self._decoder, z.to(low))
-        grad = self._elementwise.likelihood(
+        grad = kernels.likelihood(
             logits.float(), x, self._log_px_total, self._decoder[-1].bias_grad, share
         )
-        grad_z = self._backward(self._decoder, decoded, grad.to(low), scale=share)
+        grad_z = self._backward(self._decoder, decoded, grad.to(low), receive, scale=share)
         assert grad_z is not None
-        grad = self._elementwise.code_gradient(
-            head, grad_z.float(), deviation, kl_weight * share, self._encoder[-1].bias_grad
+        grad = kernels.code_gradient(
+            head, grad_z.float(), deviation, kl_weight, share, self._encoder[-1].bias_grad
         )
-        self._backward(self._encoder, encoded, grad.to(low), unit=PIXEL, to_input=False)
+        self._backward(self._encoder, encoded, grad.to(low), receive, unit=PIXEL, to_input=False)
 
     def _forward(
-        self, layers: Sequence[_Linear], h: Tensor, unit: float = 1
+        self, layers: Sequence[Linear], h: Tensor, unit: float = 1
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Input and output of every layer, and the last output; ``h`` is in this unit."""
-        seen: list[tuple[Tensor, Tensor]] = []
-        for layer in layers:
-            h = self._activation(seen[-1][1]) if seen else h
-            scale = 1 if seen else unit
-            seen.append((h, torch.baddbmm(layer.bias, h, layer.weight.mT, alpha=scale)))
-        return seen, seen[-1][1]
+        """Input of every layer, before and after the activation, and the last output.
+
+        Args:
+            h: the first input, in this unit.
+        """
+        seen = [(h, h)]
+        for layer in layers[:-1]:
+            seen.append(self._kernels.hidden(self._activation, seen[-1][1], layer, unit))
+            unit = 1
+        return seen, self._kernels.linear(seen[-1][1], layers[-1], unit)
 
     def _backward(
         self,
-        layers: Sequence[_Linear],
+        layers: Sequence[Linear],
         seen: Sequence[tuple[Tensor, Tensor]],
         grad: Tensor,
+        receive: Callable[[Tensor, Tensor, Linear, float], None],
         *,
         scale: float = 1,
         unit: float = 1,
         to_input: bool = True,
     ) -> Tensor | None:
-        """Writes the gradient of every weight and, but for the last layer's, of every bias.
+        """Has every layer's gradient taken in, but for that of the last one's biases.
 
         Args:
             grad: of the last output, to be taken ``scale`` times.
@@ -271,22 +275,16 @@ class Ensemble:
         Returns:
             The gradient of the input, if it is wanted.
         """
-        for i in reversed(range(len(layers))):
-            layer, h = layers[i], seen[i][0]
-            factor = scale * (1 if i else unit)
-            if grad.dtype == layer.weight_grad.dtype:
-                layer.weight_grad.baddbmm_(grad.mT, h, beta=0, alpha=factor)
-            else:
-                layer.weight_grad.copy_(_product(grad.mT, h, factor))
-            if i == 0 and not to_input:
-                return None
-            grad, scale = _product(grad, layer.weight, scale), 1
-            if i > 0:
-                before, below = seen[i - 1][1], layers[i - 1]
-                grad = self._elementwise.activation_gradient(
-                    self._kind, grad, before, h, below.bias_grad
-                )
-        return grad
+        for i in reversed(range(1, len(layers))):
+            layer, bias_grad = layers[i], layers[i - 1].bias_grad
+            below = self._kernels.hidden_gradient(
+                self._activation, grad, layer, scale, seen[i], bias_grad
+            )
+            receive(grad, seen[i][1], layer, scale)
+            grad, scale = below, 1
+        to = self._kernels.input_gradient(grad, layers[0], scale) if to_input else None
+        receive(grad, seen[0][1], layers[0], scale * unit)
+        return to
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,27 +300,20 @@ class Ensemble:
 
     def changing(self) -> list[Tensor]:
         """Everything a step writes to that outlasts it."""
-        steps = [stretch.steps_done for stretch in self._adam]
+        steps = [s.steps_done for s in self._stretches if isinstance(s.steps_done, Tensor)]
         own = [self._weights, self._low, self._exp_avg, self._exp_avg_sq, self.totals]
         return [*own, *steps]
 
     def member(self, i: int) -> tuple[dict[str, Tensor], Moments]:
         """Copies of the weights of member i, by parameter name, and of Adam's state."""
         latent_dim = self.latent_dims[i]
-        (stretch,) = (s for s in self._adam if s.rows.start <= i < s.rows.stop)
+        (stretch,) = (s for s in self._stretches if s.rows.start <= i < s.rows.stop)
         moments = Moments(
             int(stretch.steps_done),
             self._get(self._exp_avg[i], latent_dim),
             self._get(self._exp_avg_sq[i], latent_dim),
         )
         return self._get(self._weights[i], latent_dim), moments
-
-
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale`` times a @ b, (E, n, k) and (E, k, m)."""
-    if scale == 1:
-        return torch.bmm(a, b)
-    return torch.baddbmm(b[:, :1], a, b, beta=0, alpha=scale)  # of what is added only the shape
 
 
 def _networks(vae: VAE) -> tuple[list[str], list[str]]:

@@ -1,0 +1,581 @@
+"""What a training step is made of: linear layers, code, likelihood, their gradients, Adam.
+
+Twice: as operations of torch, for every device and activation, and as functions in C (linear.c,
+elementwise.c) for a CPU whose machine has a compiler. They agree to the rounding of float32. Of a
+network of some hundred units torch spends half a step beside the arithmetic of its products: a
+dozen operations for a likelihood, each a pass over memory, and weights and gradients that are
+written for Adam to read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from vaeq.errors import InputError
+from vaeq.models.elbo import gaussian_kl
+from vaeq.models.mlp import ACTIVATIONS
+from vaeq.training.compiler import compiled
+
+# A grey level of 255 is a pixel of 1.
+PIXEL = 1 / 255
+_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
+# In float32 0.999 is not as near to it as 0.001 is.
+_SHARE1, _SHARE2 = 1 - _BETA1, 1 - _BETA2
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("elementwise.c", "linear.c"))
+_FUNCTIONS = {kind: module() for kind, module in ACTIVATIONS.items()}
+_aten = torch.ops.aten
+# f'(a) g from the gradient g, the input a and the output h = f(a): what autograd calls as well.
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "relu": lambda g, a, h: _aten.threshold_backward(g, h, 0),
+    "leaky_relu": lambda g, a, h: _aten.leaky_relu_backward(g, a, 0.01, False),
+    "elu": lambda g, a, h: _aten.elu_backward(g, 1.0, 1.0, 1.0, True, h),
+    "gelu": lambda g, a, h: _aten.gelu_backward(g, a),
+    "silu": lambda g, a, h: _aten.silu_backward(g, a),
+    "softplus": lambda g, a, h: _aten.softplus_backward(g, a, 1.0, 20.0),
+    "tanh": lambda g, a, h: _aten.tanh_backward(g, h),
+}
+
+
+def resolve_kernels(name: str, device: torch.device) -> str:
+    """``compiled`` or ``torch``, from a config's ``kernels``.
+
+    Raises:
+        InputError: compiled ones were asked for on a GPU, or where nothing compiles them.
+    """
+    if name == "torch":
+        return name
+    if device.type == "cpu" and compiled(*_SOURCES) is not None:
+        return "compiled"
+    if name == "auto":
+        return "torch"
+    why = "no C compiler works here" if device.type == "cpu" else "they are for a CPU"
+    raise InputError(f"kernels={name} cannot be had: {why}; use kernels=auto or kernels=torch.")
+
+
+def operations(kernels: str) -> Operations:
+    """The implementation that :func:`resolve_kernels` named."""
+    if kernels == "torch":
+        return Operations()
+    functions = compiled(*_SOURCES)
+    assert functions is not None
+    return Compiled(functions)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One stacked layer, h (E, B, in) → (E, B, out), and what belongs to it in training.
+
+    Views of stacks in which the members of each lie equally far apart.
+    """
+
+    weight: Tensor  # (E, out, in)
+    bias: Tensor  # (E, 1, out)
+    weight_grad: Tensor  # (E, out, in) float32
+    bias_grad: Tensor  # (E, 1, out) float32
+    exp_avg: Tensor  # (E, out, in) float32, Adam's moments of the weight
+    exp_avg_sq: Tensor
+
+
+@dataclass
+class Stretch:
+    """Members side by side that have taken as many steps of Adam, at one learning rate."""
+
+    rows: slice
+    steps_done: int | Tensor  # float32 without dimensions, where torch counts them
+    base_rate: float
+    rate: float | Tensor  # now; a tensor where a captured step reads it
+
+
+class Operations:
+    """E members side by side, B images, D latent dimensions; by operations of torch.
+
+    Weights, activations and their gradients are in the type of the products; all else is float32,
+    but for the two sums, (E,) float64, which are added to. Gradients of biases are overwritten.
+    """
+
+    def levels(self, images: Tensor) -> Tensor:
+        """Grey levels (E, B, pixels), uint8, as float32."""
+        return images.float()
+
+    def linear(self, h: Tensor, layer: Linear, unit: float = 1) -> Tensor:
+        """h Wᵀ + b, (E, B, out), of h (E, B, in) in this unit."""
+        return torch.baddbmm(layer.bias, h, layer.weight.mT, alpha=unit)
+
+    def hidden(self, kind: str, h: Tensor, layer: Linear, unit: float = 1) -> tuple[Tensor, Tensor]:
+        """a = h Wᵀ + b and f(a), (E, B, out) each; of a rectifier both are f(a).
+
+        Its derivative is told by the output: its input need not be kept.
+
+        Args:
+            kind: f, one of ``mlp.ACTIVATIONS``.
+        """
+        before = self.linear(h, layer, unit)
+        if kind == "relu":
+            return before, before.relu_()
+        return before, _FUNCTIONS[kind](before)
+
+    def input_gradient(self, grad: Tensor, layer: Linear, scale: float = 1) -> Tensor:
+        """``scale`` g W, (E, B, in), of the gradient g (E, B, out) of a layer's output."""
+        return _product(grad, layer.weight, scale)
+
+    def hidden_gradient(
+        self,
+        kind: str,
+        grad: Tensor,
+        layer: Linear,
+        scale: float,
+        below: tuple[Tensor, Tensor],
+        bias_grad: Tensor,
+    ) -> Tensor:
+        """f'(a) ⊙ ``scale`` g W, (E, B, in): the gradient of what :meth:`hidden` gave this layer.
+
+        Args:
+            kind: f.
+            grad: g, the gradient (E, B, out) of this layer's output.
+            below: a and f(a), as the layer below returned them.
+            bias_grad: (E, 1, in), the result's sum over the images.
+        """
+        grad = _DERIVATIVES[kind](self.input_gradient(grad, layer, scale), *below)
+        _sum_over_images(grad, bias_grad)
+        return grad
+
+    def weight_gradient(self, grad: Tensor, h: Tensor, layer: Linear, factor: float = 1) -> None:
+        """Writes ``factor`` gᵀ h, (E, out, in) float32, of a layer's output and input."""
+        if grad.dtype == torch.float32:
+            layer.weight_grad.baddbmm_(grad.mT, h, beta=0, alpha=factor)
+        else:
+            layer.weight_grad.copy_(_product(grad.mT, h, factor))
+
+    def likelihood(
+        self, logits: Tensor, x: Tensor, log_px_sum: Tensor, bias_grad: Tensor, share: float
+    ) -> Tensor:
+        """∂(−log p(x|z))/∂ℓ = sigmoid(ℓ) − x, (E, B, pixels).
+
+        Args:
+            logits: ℓ, (E, B, pixels); overwritten.
+            x: (E, B, pixels), grey levels from 0 to 255.
+            log_px_sum: of log p(x|z) = Σ x ℓ − log(1 + exp ℓ) over the images.
+            bias_grad: (E, 1, pixels), ``share`` times the gradient's sum over the images.
+        """
+        probability = torch.sigmoid(logits)
+        log_px_sum += _log_likelihood(logits, probability, x)
+        grad = probability.sub_(x, alpha=PIXEL)
+        _sum_over_images(grad, bias_grad).mul_(share)
+        return grad
+
+    def code(self, head: Tensor, noise: Tensor, kl_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """z = μ + σε and σε, (E, B, D) each.
+
+        Args:
+            head: μ and log σ², (E, B, 2D).
+            noise: ε, (E, B, D).
+            kl_sum: of KL(q(z|x) ‖ p) over the images.
+        """
+        mean, logvar = head.chunk(2, dim=2)
+        deviation = torch.exp(0.5 * logvar).mul_(noise)
+        kl_sum += gaussian_kl(mean, logvar).sum(1)
+        return mean + deviation, deviation
+
+    def code_gradient(
+        self,
+        head: Tensor,
+        grad_z: Tensor,
+        deviation: Tensor,
+        kl_weight: Tensor,
+        share: float,
+        bias_grad: Tensor,
+    ) -> Tensor:
+        """The gradient of μ and log σ², (E, B, 2D).
+
+        With g that of z, it is g + sw μ and ½(g σε + sw (σ² − 1)): ∂z/∂μ = 1 and ∂z/∂log σ² = ½σε;
+        ∂KL/∂μ = μ and ∂KL/∂log σ² = ½(σ² − 1).
+
+        Args:
+            head: μ and log σ², (E, B, 2D); overwritten.
+            grad_z: g, (E, B, D); overwritten.
+            deviation: σε, as :meth:`code` returned it.
+            kl_weight: w, (E, 1, 1).
+            share: s, that of one image in the loss.
+            bias_grad: (E, 1, 2D), the gradient's sum over the images.
+        """
+        mean, logvar = head.chunk(2, dim=2)
+        pull = kl_weight * share
+        grad_mean = torch.addcmul(grad_z, mean, pull)
+        grad_logvar = grad_z.mul_(deviation).addcmul_(torch.expm1(logvar), pull).mul_(0.5)
+        grad = torch.cat([grad_mean, grad_logvar], 2)
+        _sum_over_images(grad, bias_grad)
+        return grad
+
+    def adam(
+        self,
+        weights: Tensor,
+        grads: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        stretches: Sequence[Stretch],
+    ) -> None:
+        """A step of Adam (Kingma and Ba 2015, algorithm 1), in place, and counted.
+
+        Torch's functional form: its Optimizer class imports the compiler, 0.8 s, and keeps books.
+
+        Args:
+            weights, grads, exp_avg, exp_avg_sq: (E, n) each.
+            stretches: of all members, in order.
+        """
+        for stretch in stretches:
+            assert isinstance(stretch.steps_done, Tensor)
+            adam(
+                [weights[stretch.rows]],
+                [grads[stretch.rows]],
+                [exp_avg[stretch.rows]],
+                [exp_avg_sq[stretch.rows]],
+                [],
+                [stretch.steps_done],
+                fused=True,
+                capturable=isinstance(stretch.rate, Tensor),
+                amsgrad=False,
+                beta1=_BETA1,
+                beta2=_BETA2,
+                lr=stretch.rate,
+                weight_decay=0.0,
+                eps=_EPS,
+                maximize=False,
+            )
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale`` times a @ b, (E, n, k) and (E, k, m)."""
+    if scale == 1:
+        return torch.bmm(a, b)
+    return torch.baddbmm(b[:, :1], a, b, beta=0, alpha=scale)  # of what is added only the shape
+
+
+def _sum_over_images(grad: Tensor, out: Tensor) -> Tensor:
+    return torch.sum(grad, 1, keepdim=True, dtype=torch.float32, out=out)
+
+
+def _log_likelihood(logits: Tensor, probability: Tensor, x: Tensor) -> Tensor:
+    """Sum over a batch of log p(x|z), (E,) nats, as ``elbo.reconstruction`` has it image by image.
+
+    With ℓ the logits and π = sigmoid(ℓ), which the gradient needs as well, log p(x|z) is
+    Σ x ℓ − max(ℓ, 0) + log max(π, 1 − π): half the passes over memory, and no second sigmoid.
+
+    Args:
+        logits, probability: (E, B, pixels); the logits are overwritten.
+        x: (E, B, pixels), grey levels from 0 to 255.
+    """
+    cross = torch.bmm(x.flatten(1)[:, None], logits.flatten(1)[:, :, None]).flatten()
+    likely = torch.maximum(probability, 1 - probability).log2_().sum((1, 2))
+    rectified = logits.clamp_min_(0).sum((1, 2))
+    return cross.mul_(PIXEL).sub_(rectified).add_(likely, alpha=math.log(2))
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Of step t of Adam, of every member: the learning rate over 1 − β₁ᵗ, and (1 − β₂ᵗ)^−½."""
+
+    rates: array[float]
+    corrections: array[float]
+
+
+class Compiled(Operations):
+    """By linear.c and elementwise.c; what they have nothing for, by torch.
+
+    Args:
+        functions: those files, compiled.
+    """
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        layer, threads = [size] * 4, ctypes.c_int
+        room = [address, size, threads]
+        descent = [*[address] * 5, *[number] * 3]
+        arguments = {
+            "linear": [
+                *layer, address, size, *[address] * 2, size, number, threads, address, *room
+            ],
+            "input_gradient": [
+                *layer, *[address] * 2, size, number, *[address] * 2, size, address, *room
+            ],
+            "weight_gradient": [*layer, *[address] * 2, size, number, address, *descent, *room],
+            "adam": [*[size] * 3, address, *descent, threads],
+            "bernoulli": [
+                *[size] * 3, *[address] * 2, number, *[address] * 2, size, number, address, threads
+            ],
+            "latent": [*[size] * 3, *[address] * 5, threads],
+            "latent_gradient": [*[size] * 3, *[address] * 4, number, address, size, threads],
+            "levels": [size, *[address] * 2, threads],
+        }  # fmt: skip
+        self._panel = ctypes.c_int64.in_dll(functions, "panel_width").value
+        self._rows = ctypes.c_int64.in_dll(functions, "rows").value
+        self._functions = functions
+        self._scratch_size = 0
+        for name, types in arguments.items():
+            if self._panel or name not in ("linear", "input_gradient", "weight_gradient"):
+                function = getattr(functions, name)
+                function.argtypes, function.restype = types, None
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether products of this type are made here: of float32, by a processor's vectors."""
+        return self._panel > 0 and dtype == torch.float32
+
+    def _room(self, numbers: int) -> tuple[int, int, int]:
+        """To work in: where it is, how many numbers a thread has, and how many threads."""
+        threads = torch.get_num_threads()
+        room = -(-numbers // 16) * 16
+        if self._scratch_size < threads * room:
+            self._scratch_size = threads * room
+            self._scratch = torch.empty(self._scratch_size)
+            self._scratch_address = self._scratch.data_ptr()
+        return self._scratch_address, room, threads
+
+    def levels(self, images: Tensor) -> Tensor:
+        images = images.contiguous()
+        found = torch.empty(images.shape)
+        threads = torch.get_num_threads()
+        self._functions.levels(images.numel(), images.data_ptr(), found.data_ptr(), threads)
+        return found
+
+    def linear(self, h: Tensor, layer: Linear, unit: float = 1) -> Tensor:
+        if not self.multiplies(h.dtype):
+            return super().linear(h, layer, unit)
+        return self._linear(h, layer, unit, rectify=False)
+
+    def hidden(self, kind: str, h: Tensor, layer: Linear, unit: float = 1) -> tuple[Tensor, Tensor]:
+        if kind != "relu" or not self.multiplies(h.dtype):
+            return super().hidden(kind, h, layer, unit)
+        after = self._linear(h, layer, unit, rectify=True)
+        return after, after
+
+    def _linear(self, h: Tensor, layer: Linear, unit: float, *, rectify: bool) -> Tensor:
+        members, batch, fan_in = h.shape
+        fan_out = layer.bias.shape[2]
+        if h.stride()[1:] != (fan_in, 1):
+            h = h.contiguous()
+        result = torch.empty(members, batch, fan_out)
+        room = self._room(fan_in * self._panel)
+        self._functions.linear(
+            members,
+            batch,
+            fan_in,
+            fan_out,
+            h.data_ptr(),
+            h.stride(0),
+            layer.weight.data_ptr(),
+            layer.bias.data_ptr(),
+            layer.weight.stride(0),
+            unit,
+            rectify,
+            result.data_ptr(),
+            *room,
+        )
+        return result
+
+    def input_gradient(self, grad: Tensor, layer: Linear, scale: float = 1) -> Tensor:
+        if not self.multiplies(grad.dtype):
+            return super().input_gradient(grad, layer, scale)
+        return self._input_gradient(grad, layer, scale, None, None, 0)
+
+    def hidden_gradient(
+        self,
+        kind: str,
+        grad: Tensor,
+        layer: Linear,
+        scale: float,
+        below: tuple[Tensor, Tensor],
+        bias_grad: Tensor,
+    ) -> Tensor:
+        if kind != "relu" or not self.multiplies(grad.dtype):
+            return super().hidden_gradient(kind, grad, layer, scale, below, bias_grad)
+        after, sums = below[1].contiguous(), bias_grad.data_ptr()
+        stride = bias_grad.stride(0)
+        return self._input_gradient(grad, layer, scale, after.data_ptr(), sums, stride)
+
+    def _input_gradient(
+        self,
+        grad: Tensor,
+        layer: Linear,
+        scale: float,
+        after: int | None,
+        bias_grad: int | None,
+        bias_stride: int,
+    ) -> Tensor:
+        grad = grad.contiguous()
+        members, batch, fan_out = grad.shape
+        fan_in = layer.weight.shape[2]
+        result = torch.empty(members, batch, fan_in)
+        room = self._room(fan_out * self._panel)
+        self._functions.input_gradient(
+            members,
+            batch,
+            fan_out,
+            fan_in,
+            grad.data_ptr(),
+            layer.weight.data_ptr(),
+            layer.weight.stride(0),
+            scale,
+            after,
+            bias_grad,
+            bias_stride,
+            result.data_ptr(),
+            *room,
+        )
+        return result
+
+    def weight_gradient(self, grad: Tensor, h: Tensor, layer: Linear, factor: float = 1) -> None:
+        if not self.multiplies(grad.dtype):
+            return super().weight_gradient(grad, h, layer, factor)
+        return self._weight_gradient(grad, h, layer, factor, None)
+
+    def descend(
+        self, sizes: StepSizes, grad: Tensor, h: Tensor, layer: Linear, factor: float = 1
+    ) -> None:
+        """Adam's step of a layer's weights, which are float32, by :meth:`weight_gradient`.
+
+        The gradient is not written: of a network of some hundred units it is the memory that Adam
+        waits for.
+        """
+        self._weight_gradient(grad, h, layer, factor, sizes)
+
+    def _weight_gradient(
+        self, grad: Tensor, h: Tensor, layer: Linear, factor: float, sizes: StepSizes | None
+    ) -> None:
+        grad, h = grad.contiguous(), h.contiguous()
+        members, batch, fan_out = grad.shape
+        fan_in = h.shape[2]
+        room = self._room(batch * (fan_in + self._panel))
+        self._functions.weight_gradient(
+            members,
+            batch,
+            fan_out,
+            fan_in,
+            grad.data_ptr(),
+            h.data_ptr(),
+            layer.weight.stride(0),
+            factor,
+            layer.weight_grad.data_ptr() if sizes is None else None,
+            layer.weight.data_ptr(),
+            layer.exp_avg.data_ptr(),
+            layer.exp_avg_sq.data_ptr(),
+            None if sizes is None else sizes.rates.buffer_info()[0],
+            None if sizes is None else sizes.corrections.buffer_info()[0],
+            _SHARE1,
+            _SHARE2,
+            _EPS,
+            *room,
+        )
+
+    def step_sizes(self, stretches: Sequence[Stretch]) -> StepSizes:
+        """Those of the next step, which is counted."""
+        rates: list[float] = []
+        corrections: list[float] = []
+        for stretch in stretches:
+            members = stretch.rows.stop - stretch.rows.start
+            stretch.steps_done += 1
+            steps = int(stretch.steps_done)
+            rates += [float(stretch.rate) / (1 - _BETA1**steps)] * members
+            corrections += [(1 - _BETA2**steps) ** -0.5] * members
+        return StepSizes(array("f", rates), array("f", corrections))
+
+    def adam(
+        self,
+        weights: Tensor,
+        grads: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        stretches: Sequence[Stretch],
+    ) -> None:
+        self.take(self.step_sizes(stretches), weights, grads, exp_avg, exp_avg_sq)
+
+    def take(
+        self,
+        sizes: StepSizes,
+        weights: Tensor,
+        grads: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+    ) -> None:
+        """Adam's step of these sizes, as :meth:`adam` otherwise."""
+        self._functions.adam(
+            *weights.shape,
+            weights.stride(0),
+            grads.data_ptr(),
+            weights.data_ptr(),
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            sizes.rates.buffer_info()[0],
+            sizes.corrections.buffer_info()[0],
+            _SHARE1,
+            _SHARE2,
+            _EPS,
+            torch.get_num_threads(),
+        )
+
+    def likelihood(
+        self, logits: Tensor, x: Tensor, log_px_sum: Tensor, bias_grad: Tensor, share: float
+    ) -> Tensor:
+        logits, x = logits.contiguous(), x.contiguous()
+        members, batch, pixels = logits.shape
+        blocks = members * -(-batch // self._rows)
+        room, *_, threads = self._room(blocks * (pixels + 2))
+        self._functions.bernoulli(
+            members,
+            batch,
+            pixels,
+            logits.data_ptr(),
+            x.data_ptr(),
+            PIXEL,
+            log_px_sum.data_ptr(),
+            bias_grad.data_ptr(),
+            bias_grad.stride(0),
+            share,
+            room,
+            threads,
+        )
+        return logits
+
+    def code(self, head: Tensor, noise: Tensor, kl_sum: Tensor) -> tuple[Tensor, Tensor]:
+        head, noise = head.contiguous(), noise.contiguous()
+        z, deviation = torch.empty_like(noise), torch.empty_like(noise)
+        self._functions.latent(
+            *noise.shape,
+            head.data_ptr(),
+            noise.data_ptr(),
+            z.data_ptr(),
+            deviation.data_ptr(),
+            kl_sum.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return z, deviation
+
+    def code_gradient(
+        self,
+        head: Tensor,
+        grad_z: Tensor,
+        deviation: Tensor,
+        kl_weight: Tensor,
+        share: float,
+        bias_grad: Tensor,
+    ) -> Tensor:
+        head, grad_z, kl_weight = (part.contiguous() for part in (head, grad_z, kl_weight))
+        self._functions.latent_gradient(
+            *grad_z.shape,
+            head.data_ptr(),
+            grad_z.data_ptr(),
+            deviation.data_ptr(),
+            kl_weight.data_ptr(),
+            share,
+            bias_grad.data_ptr(),
+            bias_grad.stride(0),
+            torch.get_num_threads(),
+        )
+        return head
