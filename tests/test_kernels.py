@@ -16,14 +16,8 @@ from vaeq.errors import InputError
 from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.training import compiler
 from vaeq.training import kernels as module
-from vaeq.training.kernels import (
-    Compiled,
-    Linear,
-    Operations,
-    Stretch,
-    operations,
-    resolve_kernels,
-)
+from vaeq.training.kernels import Compiled, operations, resolve_kernels
+from vaeq.training.operations import Linear, Operations, Stretch
 
 CPU = torch.device("cpu")
 # Less than a block of rows, one, some and a bit; MNIST's batches.

@@ -27,7 +27,7 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-sha
 # With threads, or where the compiler or the process has no OpenMP, without. Nothing is linked: the
 # functions of OpenMP are to be those of torch, whose threads are there already.
 _VARIANTS = (("-fopenmp",), ())
-_LONGEST = 60  # seconds; it takes half of one
+_LONGEST = 60  # seconds; it takes one
 
 
 @cache

@@ -1,8 +1,8 @@
 /* What a training step does between encoder and decoder and after them, each in one pass over
    memory.
 
-   kernels.py compiles this file where there is a C compiler, and has the formulas, the shapes
-   and the same operations in torch. All arrays are float32 and contiguous but for the gradients of
+   kernels.py compiles this file where there is a C compiler; operations.py has the formulas, the
+   shapes and the same in torch. All arrays are float32 and contiguous but for the gradients of
    the biases, whose members lie `stride` apart. Numbers that are none stay so: a member that
    diverges must be seen to.
 

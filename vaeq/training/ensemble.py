@@ -23,7 +23,8 @@ from torch import Tensor
 
 from vaeq.models.conv import ConvVAE
 from vaeq.models.mlp import VAE
-from vaeq.training.kernels import PIXEL, Compiled, Linear, Stretch, operations
+from vaeq.training.kernels import Compiled, operations
+from vaeq.training.operations import PIXEL, Linear, Stretch
 
 # What a product is computed in. Weights, moments, sums and every measure are float32 or better.
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -46,7 +47,7 @@ class Ensemble:
         moments: Adam's state of each; an empty one starts at 0.
         learning_rates: one a member.
         precision: of the matrix products, one of ``PRECISIONS``; tf32 needs a GPU.
-        kernels: what takes the steps, ``compiled`` or ``torch``, see ``kernels``.
+        kernels: what takes the steps, ``compiled`` or ``torch``, see ``kernels.resolve_kernels``.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 /* The linear layers of a training step: their products, each with what follows on it before it
    leaves the first cache, and Adam.
 
-   kernels.py compiles this file where there is a C compiler, and has the formulas, the shapes and
-   the same operations in torch. All arrays are float32. Those of images, activations and their
+   kernels.py compiles this file where there is a C compiler; operations.py has the formulas, the
+   shapes and the same in torch. All arrays are float32. Those of images, activations and their
    gradients are contiguous within a member; weights, biases and what belongs to them lie `stride`
    apart from one member to the next. Numbers that are none stay so.
 
