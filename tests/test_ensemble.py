@@ -29,6 +29,7 @@ from vaeq.models.mlp import ACTIVATIONS, VAE
 from vaeq.runs.record import RunRecord, read_record, run_directory
 from vaeq.training.checkpoint import save_checkpoint
 from vaeq.training.ensemble import CapturedSteps, Ensemble, Moments, encode_all
+from vaeq.training.kernels import resolve_kernels
 from vaeq.training.loop import Recipe, State, fit, fit_together, train_epoch
 
 PIXELS = 12
@@ -170,6 +171,20 @@ def test_members_end_as_they_would_alone(small: Images, kernels: str) -> None:
         for ours, theirs in zip(member.history, solo.history, strict=True):
             for name in ("train_elbo", "train_kl", "test_elbo", "test_kl"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_compiled_training_hangs_on_no_thread(small: Images) -> None:
+    if resolve_kernels("auto", torch.device("cpu")) != "compiled":
+        pytest.skip("nothing compiles C here")
+    weights = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        (state,) = states([3])
+        fit(state, small, Recipe(2, 64, 1e-3, 0), kernels="compiled")
+        weights.append(state.vae.state_dict())
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            assert torch.equal(other[name], value), name
 
 
 class Recorded:
