@@ -28,7 +28,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(params=["torch", "compiled"])
 def kernels(request: pytest.FixtureRequest) -> str:
-    """Both implementations of ``vaeq.training.kernels``, where this machine has both."""
+    """Both implementations of a step's operations, where this machine has both."""
     if request.param == "compiled" and resolve_kernels("auto", torch.device("cpu")) != "compiled":
         pytest.skip("nothing compiles C here")
     return str(request.param)

@@ -51,7 +51,7 @@ def prepare(config: RunConfig, members: int = 1) -> tuple[str, Images]:
 
 
 def step_kernels(config: RunConfig, device: torch.device) -> str:
-    """What does the rest of a step: ``compiled`` or ``torch``, which other models than mlp have.
+    """What takes the steps: ``compiled`` or ``torch``, which other models than mlp have.
 
     Raises:
         InputError: compiled ones were asked for, and cannot be had.

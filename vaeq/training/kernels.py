@@ -154,7 +154,7 @@ class Compiled(Operations):
     def input_gradient(self, grad: Tensor, layer: Linear, scale: float = 1) -> Tensor:
         if not self.multiplies(grad.dtype):
             return super().input_gradient(grad, layer, scale)
-        return self._input_gradient(grad, layer, scale, None, None, 0)
+        return self._input_gradient(grad, layer, scale)
 
     def hidden_gradient(
         self,
@@ -167,18 +167,15 @@ class Compiled(Operations):
     ) -> Tensor:
         if kind != "relu" or not self.multiplies(grad.dtype):
             return super().hidden_gradient(kind, grad, layer, scale, below, bias_grad)
-        after, sums = below[1].contiguous(), bias_grad.data_ptr()
-        stride = bias_grad.stride(0)
-        return self._input_gradient(grad, layer, scale, after.data_ptr(), sums, stride)
+        return self._input_gradient(grad, layer, scale, below[1].contiguous(), bias_grad)
 
     def _input_gradient(
         self,
         grad: Tensor,
         layer: Linear,
         scale: float,
-        after: int | None,
-        bias_grad: int | None,
-        bias_stride: int,
+        after: Tensor | None = None,
+        bias_grad: Tensor | None = None,
     ) -> Tensor:
         grad = grad.contiguous()
         members, batch, fan_out = grad.shape
@@ -194,9 +191,9 @@ class Compiled(Operations):
             layer.weight.data_ptr(),
             layer.weight.stride(0),
             scale,
-            after,
-            bias_grad,
-            bias_stride,
+            None if after is None else after.data_ptr(),
+            None if bias_grad is None else bias_grad.data_ptr(),
+            0 if bias_grad is None else bias_grad.stride(0),
             result.data_ptr(),
             *room,
         )

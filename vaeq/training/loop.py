@@ -139,7 +139,7 @@ def fit_together(
         recipes: with one epochs, batch_size, warm-up of the learning rate and schedule; the rest
             may differ.
         precision: of the matrix products of the training step, see ``ensemble.PRECISIONS``.
-        kernels: of the rest of it, ``compiled`` or ``torch``, see ``elementwise``.
+        kernels: what takes the steps, ``compiled`` or ``torch``, see ``kernels``.
         on_images: called with (epoch, images done in it) every 32 steps; nothing waits for it.
         on_epoch: called with a member's index after its every epoch; its state is up to date. A
             VaeqError that it raises is that member's failure.
