@@ -290,9 +290,9 @@ def test_neither_order_nor_chunks_change_the_upper_bounds(seed: int, rows: int) 
     plain = module._upper_bounds(posterior, points, log_r, log_prior, math.log(0.01))
     order = torch.randperm(9, generator=generator(seed))
     axes = torch.tensor([1, 0])
-    before = module._TILE
+    before = module._CPU_TILE
     try:
-        module._TILE = 9 * rows
+        module._CPU_TILE = 9 * rows
         moved = module._upper_bounds(
             AggregatedPosterior(posterior.mean[order][:, axes], posterior.logvar[order][:, axes]),
             [z[order][:, axes] for z in points],
@@ -301,7 +301,7 @@ def test_neither_order_nor_chunks_change_the_upper_bounds(seed: int, rows: int) 
             math.log(0.01),
         )
     finally:
-        module._TILE = before
+        module._CPU_TILE = before
     for one, other in zip(plain, moved, strict=True):
         assert other.value == pytest.approx(one.value, rel=1e-5, abs=1e-5)
         assert other.std_error == pytest.approx(one.std_error, rel=1e-4)

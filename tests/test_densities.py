@@ -22,9 +22,9 @@ from vaeq.divergence.densities import (
     SmoothedMixture,
     Stack,
     draw,
-    fit_gaussian_mixture,
     stack_weights,
 )
+from vaeq.divergence.stepwise_em import fit_gaussian_mixture
 from vaeq.errors import InputError
 from vaeq.posterior.aggregated import AggregatedPosterior
 

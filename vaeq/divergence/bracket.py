@@ -25,10 +25,10 @@ from vaeq.divergence.densities import (
     SmoothedMixture,
     Stack,
     draw,
-    fit_gaussian_mixture,
     stack_weights,
 )
 from vaeq.divergence.flow import FLOW_DIMS, fit_flow, flow_missing
+from vaeq.divergence.stepwise_em import fit_gaussian_mixture, fit_gaussian_mixtures
 from vaeq.estimate import Estimate
 from vaeq.posterior.aggregated import AggregatedPosterior
 
@@ -54,7 +54,8 @@ _PAIR_WEIGHT = 30.0
 _PRIOR_SHARE = 0.1
 # s is larger than q by about this share where mutual information allows it.
 _OWN_SHARE = 0.01
-_TILE = 1 << 19
+# Pairs of images held at a time.
+_CPU_TILE, _GPU_TILE = 1 << 19, 1 << 25
 # What the float32 sums over pairs leave of the mean of their logarithms, nats: it is all of the
 # error where every image has one code.
 _ROUNDING = 2.0**-22
@@ -322,10 +323,9 @@ def _fit(
             mean, logvar, components, diagonal=diagonal, generator=generator
         )
         candidates.append(Charted(mixture.name, chart, mixture))
-    ensemble = [
-        fit_gaussian_mixture(mean, logvar, largest, diagonal=diagonal, generator=generator)
-        for _ in range(_ENSEMBLE)
-    ]
+    ensemble = fit_gaussian_mixtures(
+        _ENSEMBLE, mean, logvar, largest, diagonal=diagonal, generator=generator
+    )
     equal = torch.full((_ENSEMBLE,), 1 / _ENSEMBLE, dtype=torch.float64, device=mean.device)
     name = f"average of {_ENSEMBLE} fits of {ensemble[0].name}"
     candidates.append(Charted(name, chart, Stack(name, ensemble, equal)))
@@ -392,8 +392,9 @@ def _upper_bounds(
     ratio = torch.zeros_like(log_s)  # an image's pairs, in both places
     twin = torch.zeros_like(log_s)  # what a second image with the same code would add
     infonce = torch.zeros_like(log_s)
+    tile = _CPU_TILE if device.type == "cpu" else _GPU_TILE
     for draw_index, z in enumerate(points):
-        for part in torch.arange(count, device=device).split(max(1, _TILE // count)):
+        for part in torch.arange(count, device=device).split(max(1, tile // count)):
             logits = pairs.log_density(z[part])  # (S, M)
             local = torch.arange(len(part), device=device)
             own = logits[local, part].clone()

@@ -1,7 +1,8 @@
 """Normalized densities r(z) fitted to codes: E_q[log r − log p] is a lower bound of KL(q ‖ p).
 
-Gaussian, Gaussian mixtures by stepwise EM (Cappé & Moulines 2009), mixtures of every image's own
-posterior shrunk towards and smoothed by its cluster (West 1993), and stacks Σ_k w_k r_k of them.
+Gaussian, Gaussian mixtures (fitted in :mod:`vaeq.divergence.stepwise_em`), mixtures of every
+image's own posterior shrunk towards and smoothed by its cluster (West 1993), and stacks Σ_k w_k r_k
+of them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
+from torch.nn.functional import pad
 
-from vaeq.errors import InputError
+from vaeq.lockstep import made
 from vaeq.posterior.aggregated import AggregatedPosterior
 from vaeq.posterior.log_density import MixtureLogDensity
 
@@ -21,9 +23,6 @@ _LOG_2PI = math.log(2 * math.pi)
 FULL_MIXTURE_DIMS = 40
 # A covariance from float32 sums is known to this share of its mean variance.
 _ROUNDED = 1e-5
-# In each component's covariance: this many images' worth of 0.15 times the overall covariance.
-_PRIOR_IMAGES = 10.0
-_PRIOR_SCALE = 0.15
 _TILE = 1 << 22
 
 
@@ -63,9 +62,7 @@ class Gaussian:
 
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Independent draws (count, D), float64."""
-        return (
-            self._mean + _normal((count, len(self._mean)), self._mean, generator) @ self._factor.T
-        )
+        return self._mean + normal((count, len(self._mean)), self._mean, generator) @ self._factor.T
 
 
 class Chart:
@@ -108,7 +105,7 @@ class Chart:
 
     def join(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """z (S, D) of active coordinates x, the passive ones drawn."""
-        full = _normal((len(x), len(self._mean)), self._mean, generator)
+        full = normal((len(x), len(self._mean)), self._mean, generator)
         full[:, self.active] = x.double()
         return self._mean + self._std * full
 
@@ -142,14 +139,8 @@ class GaussianMixture:
         self.name = name
         self.weight = weight
         self.mean = mean
-        if covariance.ndim == 3:
-            singular = torch.linalg.cholesky_ex(covariance).info > 0
-            if singular.any():
-                # Moments of float32 sums: what is flat may come out below 0 by their rounding.
-                thickness = _ROUNDED * covariance.diagonal(dim1=1, dim2=2).mean(1) * singular
-                covariance = covariance + torch.diag_embed(thickness[:, None].expand(mean.shape))
-        self.covariance = covariance
-        self.natural = _natural(weight.log(), mean, covariance)
+        self.covariance = covariance if covariance.ndim == 2 else full_rank(covariance)
+        self.natural = natural(weight.log(), mean, self.covariance, mean.shape[1])
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """log Σ_k w_k N(z; m_k, C_k)."""
@@ -164,7 +155,7 @@ class GaussianMixture:
         weight = self.weight.to(generator.device)
         which = torch.multinomial(weight, count, replacement=True, generator=generator)
         which = which.to(self.mean.device)
-        noise = _normal((count, self.mean.shape[1]), self.mean, generator)
+        noise = normal((count, self.mean.shape[1]), self.mean, generator)
         if self.covariance.ndim == 2:
             return self.mean[which] + self.covariance.sqrt()[which] * noise
         factor = torch.linalg.cholesky(self.covariance)
@@ -236,46 +227,90 @@ def stack_weights(log_densities: torch.Tensor, iterations: int = 1000) -> torch.
         log_densities: log r_k(z_s) on points that no r_k was fitted to, (S, K).
         iterations: of EM; what is left to gain falls as 1/iterations.
     """
-    count = log_densities.shape[1]
-    weight = log_densities.new_full((count,), 1 / count)
-    for _ in range(iterations):
-        weight = (log_densities + weight.log()).softmax(1).mean(0)
+    (weight,) = made(_stack_weights, [log_densities], (iterations,), len(log_densities))
     return weight
 
 
+def _stack_weights(log_densities: Sequence[torch.Tensor], iterations: int) -> list[torch.Tensor]:
+    """Of several tables (S, K). A density that one lacks is 0 everywhere, and gets no weight."""
+    counts = [table.shape[1] for table in log_densities]
+    tables = torch.stack(
+        [pad(table, (0, max(counts) - table.shape[1]), value=-math.inf) for table in log_densities]
+    )
+    own = torch.tensor(counts, device=tables.device)[:, None, None]
+    weight = (torch.arange(max(counts), device=tables.device) < own).to(tables.dtype) / own
+    for _ in range(iterations):
+        weight = (tables + weight.log()).softmax(2).mean(1, keepdim=True)
+    return [row[0, :count] for row, count in zip(weight, counts, strict=True)]
+
+
 def features(z: torch.Tensor, diagonal: bool) -> torch.Tensor:
-    """[1, z, z²] or [1, z, z_i z_j (i <= j)]: a Gaussian's log density is linear in them."""
-    ones = torch.ones_like(z[:, :1])
+    """[1, z, z²] or [1, z, z_i z_j (i <= j)]: a Gaussian's log density is linear in them.
+
+    Args:
+        z: (..., S, d).
+    """
+    ones = torch.ones_like(z[..., :1])
     if diagonal:
-        return torch.cat([ones, z, z.square()], 1)
-    # Slices, in the order of triu_indices: indexing columns would take three times as long.
-    products = [z[:, i : i + 1] * z[:, i:] for i in range(z.shape[1])]
-    return torch.cat([ones, z, *products], 1)
+        return torch.cat([ones, z, z.square()], -1)
+    if z.device.type != "cpu":
+        row, column = torch.triu_indices(z.shape[-1], z.shape[-1], device=z.device)
+        return torch.cat([ones, z, z[..., row] * z[..., column]], -1)
+    # Slices, in the same order: on a CPU indexing columns would take three times as long.
+    products = [z[..., i : i + 1] * z[..., i:] for i in range(z.shape[-1])]
+    return torch.cat([ones, z, *products], -1)
 
 
-def _natural(
-    log_weight: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor
+def full_rank(covariance: torch.Tensor) -> torch.Tensor:
+    """Full covariances (..., d, d), those that are singular thickened.
+
+    Moments of float32 sums: what is flat may come out below 0 by their rounding.
+    """
+    singular = torch.linalg.cholesky_ex(covariance).info > 0
+    if not singular.any():
+        return covariance
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    thickness = _ROUNDED * variance.mean(-1) * singular
+    return covariance + torch.diag_embed(thickness[..., None].expand(variance.shape))
+
+
+def natural(
+    log_weight: torch.Tensor,
+    mean: torch.Tensor,
+    covariance: torch.Tensor,
+    dims: int | torch.Tensor,
 ) -> torch.Tensor:
-    """Coefficients (F, K) of log w_k + log N(z; m_k, C_k) on features(z)."""
-    dims = mean.shape[1]
-    if covariance.ndim == 2:
+    """Coefficients (..., F, K) of log w_k + log N(z; m_k, C_k) on features(z).
+
+    Args:
+        log_weight: (..., K).
+        mean: (..., K, d).
+        covariance: (..., K, d) or, full, (..., K, d, d).
+        dims: how many of the d dimensions count; the others have mean 0 and variance 1, and z is 0
+            there. One number, or one a mixture, (..., 1).
+    """
+    if covariance.ndim == mean.ndim:
         precision = 1 / covariance
         linear = precision * mean
         square = -0.5 * precision
-        log_det = covariance.log().sum(1)
+        log_det = covariance.log().sum(-1)
     else:
         factor = torch.linalg.cholesky(covariance)
         inverse = torch.cholesky_inverse(factor)
-        linear = (inverse @ mean[:, :, None])[:, :, 0]
-        log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
-        row, column = torch.triu_indices(dims, dims, device=mean.device)
-        square = torch.where(row == column, -0.5, -1.0) * inverse[:, row, column]
-    constant = log_weight - 0.5 * (log_det + (mean * linear).sum(1) + dims * _LOG_2PI)
-    return torch.cat([constant[:, None], linear, square], 1).T.contiguous()
+        linear = (inverse @ mean[..., None])[..., 0]
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        row, column = torch.triu_indices(*inverse.shape[-2:], device=mean.device)
+        square = torch.where(row == column, -0.5, -1.0) * inverse[..., row, column]
+    constant = log_weight - 0.5 * (log_det + (mean * linear).sum(-1) + dims * _LOG_2PI)
+    return torch.cat([constant[..., None], linear, square], -1).mT.contiguous()
 
 
-def _normal(shape: tuple[int, int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype)
+def normal(
+    shape: tuple[int, int], like: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Standard normal numbers, drawn where the generator is."""
+    source = like.device if generator is None else generator.device
+    noise = torch.randn(shape, generator=generator, device=source, dtype=like.dtype)
     return noise.to(like.device)
 
 
@@ -283,99 +318,4 @@ def draw(
     mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator | None
 ) -> torch.Tensor:
     """One z ~ N(mean, diag exp(logvar)) for every row."""
-    source = mean.device if generator is None else generator.device
-    noise = torch.randn(mean.shape, generator=generator, device=source, dtype=mean.dtype)
-    return mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
-
-
-def fit_gaussian_mixture(
-    mean: torch.Tensor,
-    logvar: torch.Tensor,
-    components: int,
-    *,
-    diagonal: bool,
-    passes: float = 4,
-    batch: int = 4096,
-    generator: torch.Generator | None = None,
-) -> GaussianMixture:
-    """Fit Σ_k w_k N(m_k, C_k) to z ~ q_N by stepwise EM, each batch with fresh draws of z.
-
-    The sufficient statistics of all components are one matrix product of the responsibilities with
-    :func:`features`; their running average forgets at the rate (t + 2)^-0.6. Redrawing z at every
-    visit uses what is known of each image, its whole posterior, and keeps the components from
-    fitting the noise.
-
-    Args:
-        mean, logvar: codes (n, d), about standardized, float32.
-        components: K >= 1, at most n.
-        diagonal: C_k diagonal.
-        passes: over the codes.
-        batch: images in a step.
-        generator: source of randomness.
-    """
-    images, dims = mean.shape
-    if not 1 <= components <= images:
-        raise InputError(f"components must be in [1, {images}], got {components}.")
-    source = mean.device if generator is None else generator.device
-
-    def permutation(count: int) -> torch.Tensor:
-        return torch.randperm(count, generator=generator, device=source).to(mean.device)
-
-    # Some draws for the overall covariance, and for Lloyd's algorithm, where to begin.
-    start = permutation(images)[: max(components, 10_000)]
-    some = draw(mean[start], logvar[start], generator)
-    centred = (some - some.mean(0)).double()
-    # Images in a plane: the draws alone need not span all directions.
-    if diagonal:
-        scatter = centred.square().mean(0) + 1e-6
-    else:
-        scatter = centred.T @ centred / len(centred)
-        scatter.diagonal().add_(1e-6)
-
-    centres = some[:components].clone()
-    for _ in range(5):
-        nearest = torch.cdist(some, centres).argmin(1)
-        count = torch.bincount(nearest, minlength=components)
-        total = torch.zeros_like(centres).index_add_(0, nearest, some)
-        centres = torch.where((count > 0)[:, None], total / count.clamp_min(1)[:, None], centres)
-    nearest = torch.cdist(some, centres).argmin(1)
-    width = features(some[:1], diagonal).shape[1]
-    statistics = torch.zeros(components, width, device=mean.device)
-    statistics.index_add_(0, nearest, features(some, diagonal))
-    statistics /= len(some)
-
-    def maximize(statistics: torch.Tensor) -> GaussianMixture:
-        moments = statistics.double()
-        share = moments[:, :1]
-        found = moments[:, 1:] / share.clamp_min(1e-12)
-        centre, square = found[:, :dims], found[:, dims:]
-        count = images * share
-        if diagonal:
-            spread = square - centre.square()
-        else:
-            row, column = torch.triu_indices(dims, dims, device=mean.device)
-            spread = square.new_empty(components, dims, dims)
-            spread[:, row, column] = square
-            spread[:, column, row] = square
-            spread = spread - centre[:, :, None] * centre[:, None, :]
-            count = count[:, :, None]
-        spread = (count * spread + _PRIOR_IMAGES * _PRIOR_SCALE * scatter) / (count + _PRIOR_IMAGES)
-        weight = (images * share[:, 0] + 1) / (images * share.sum() + components)
-        kind = "diagonal" if diagonal else "full"
-        return GaussianMixture(f"{components} {kind} Gaussians", weight, centre, spread)
-
-    mixture = maximize(statistics)
-    batch = min(batch, images)
-    steps = max(1, round(passes * images / batch))
-    order = permutation(images)
-    for step in range(steps):
-        if len(order) < batch:
-            order = torch.cat([order, permutation(images)])
-        members, order = order[:batch], order[batch:]
-        z = features(draw(mean[members], logvar[members], generator), diagonal)
-        joint = z @ mixture.natural.float()
-        seen = torch.softmax(joint, 1).T @ z / batch
-        rate = (step + 2) ** -0.6
-        statistics = (1 - rate) * statistics + rate * seen
-        mixture = maximize(statistics)
-    return mixture
+    return mean + torch.exp(0.5 * logvar) * normal((len(mean), mean.shape[1]), mean, generator)

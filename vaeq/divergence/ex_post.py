@@ -15,8 +15,8 @@ from vaeq.divergence.densities import (
     Charted,
     Gaussian,
     draw,
-    fit_gaussian_mixture,
 )
+from vaeq.divergence.stepwise_em import fit_gaussian_mixture
 from vaeq.posterior.aggregated import AggregatedPosterior
 
 # Tried beside the moment-matched Gaussian, as long as a component has its images.
