@@ -7,18 +7,22 @@ distributions at finite n. Without their null they would call any high-dimension
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import normalize, pad
 
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
+from vaeq.lockstep import made
 from vaeq.posterior.aggregated import AggregatedPosterior
 
 N_SAMPLES = 2_000
 REPEATS = 20
 N_DIRECTIONS = 128
-_ROWS = 250
+# Distances held at a time: 2 MB stay in cache; a GPU takes all of a stack at once.
+_CPU_TILE, _GPU_TILE = 1 << 19, 1 << 26
 STATISTICS = ("sliced_w2", "mmd", "energy_distance", "c2st_auc")
 # Squared distances by the expanded square are off by the unit roundoff of the largest |z|²; beyond
 # these they would be off by more than 1e-3, where the kernel's scale is 1.
@@ -34,9 +38,7 @@ def sliced_w2(x: torch.Tensor, y: torch.Tensor, directions: torch.Tensor) -> flo
     References:
         Bonneel et al. (2015), Sliced and Radon Wasserstein barycenters.
     """
-    projected_x = (x @ directions).T.contiguous().sort().values
-    projected_y = (y @ directions).T.contiguous().sort().values
-    return math.sqrt(float((projected_x - projected_y).square().mean()))
+    return float(_sliced_w2(x[None], y[None], directions[None]))
 
 
 def mmd(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -50,7 +52,7 @@ def mmd(x: torch.Tensor, y: torch.Tensor) -> float:
     References:
         Gretton et al. (2012), A kernel two-sample test; Gorham & Mackey (2017) for the kernel.
     """
-    return _distance_statistics(x, y)["mmd"]
+    return float(_distance_statistics(x[None], y[None])[0])
 
 
 def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -62,7 +64,7 @@ def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     References:
         Székely & Rizzo (2013), Energy statistics.
     """
-    return _distance_statistics(x, y)["energy_distance"]
+    return float(_distance_statistics(x[None], y[None])[1])
 
 
 def c2st_auc(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -75,7 +77,7 @@ def c2st_auc(x: torch.Tensor, y: torch.Tensor) -> float:
     References:
         Lopez-Paz & Oquab (2017), Revisiting classifier two-sample tests.
     """
-    return _distance_statistics(x, y)["c2st_auc"]
+    return float(_distance_statistics(x[None], y[None])[2])
 
 
 def two_sample(
@@ -116,33 +118,72 @@ def two_sample(
         raise InputError(f"n_samples must be >= 4, got {n_samples}.")
     if repeats < 2:
         raise InputError(f"repeats must be >= 2, got {repeats}.")
-    source = posterior.device if generator is None else generator.device
+    source = _Source(posterior, generator)
+    (found,) = made(_two_samples, [source], (n_samples, repeats), posterior.device)
+    return found
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is compared, and the randomness of it."""
+
+    posterior: AggregatedPosterior
+    generator: torch.Generator | None
+
+    @property
+    def dims(self) -> int:
+        return self.posterior.latent_dim
+
+    def normal(self, rows: int) -> torch.Tensor:
+        """Draws of N(0, I), (rows, D)."""
+        device = self.posterior.device if self.generator is None else self.generator.device
+        noise = torch.randn(
+            (rows, self.dims), generator=self.generator, device=device, dtype=torch.float64
+        )
+        return noise.to(self.posterior.device)
+
+    def codes(self, rows: int) -> torch.Tensor:
+        """Draws of q_N, (rows, D)."""
+        return self.posterior.sample(rows, self.generator)[0].double()
+
+
+def _two_samples(
+    sources: Sequence[_Source], n_samples: int, repeats: int
+) -> list[dict[str, Estimate]]:
+    """:func:`two_sample` of several. Dimensions that one lacks are 0, and add to no distance."""
+    widest = max(source.dims for source in sources)
+
+    def stacked(samples: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([pad(sample, (0, widest - sample.shape[1])) for sample in samples])
 
     def normal(rows: int) -> torch.Tensor:
-        shape = (rows, posterior.latent_dim)
-        noise = torch.randn(shape, generator=generator, device=source, dtype=torch.float64)
-        return noise.to(posterior.device)
+        return stacked([source.normal(rows) for source in sources])
 
-    found: dict[str, list[float]] = {name: [] for name in STATISTICS}
-    null: dict[str, list[float]] = {name: [] for name in STATISTICS}
-    for _ in range(repeats):
-        directions = torch.nn.functional.normalize(normal(N_DIRECTIONS), dim=1).T
-        codes = posterior.sample(n_samples, generator)[0].double()
+    found, null = (torch.empty(repeats, len(STATISTICS), len(sources)) for _ in range(2))
+    found, null = found.double(), null.double()
+    for i in range(repeats):
+        directions = normalize(normal(N_DIRECTIONS), dim=2).mT
+        codes = stacked([source.codes(n_samples) for source in sources])
         for results, x in ((found, codes), (null, normal(n_samples))):
             y = normal(n_samples)
-            results["sliced_w2"].append(sliced_w2(x, y, directions))
-            for name, value in _distance_statistics(x, y).items():
-                results[name].append(value)
-    estimates = {}
+            results[i, 0] = _sliced_w2(x, y, directions)
+            results[i, 1:] = _distance_statistics(x, y)
+    return [_estimates(found[..., e], null[..., e]) for e in range(len(sources))]
+
+
+def _estimates(found: torch.Tensor, null: torch.Tensor) -> dict[str, Estimate]:
+    """Values, nulls and z-scores from the statistics of every repeat, (R, 4) each."""
     from scipy import special
 
+    repeats = len(found)
     # Few repeats know their own spread badly: ±2 errors are to cover what they cover of many.
     student = float(special.stdtrit(repeats - 1, special.ndtr(2.0))) / 2
     root, root_of_spread = math.sqrt(repeats) / student, math.sqrt(2 * (repeats - 1)) / student
     far = "codes lie beyond 3e6, where float64 does not resolve distances of 1"
-    for name in STATISTICS:
-        value, spread = _moments(found[name])
-        centre, noise = _moments(null[name])
+    estimates = {}
+    for name, values, nulls in zip(STATISTICS, found.T, null.T, strict=True):
+        value, spread = float(values.mean()), float(values.std())
+        centre, noise = float(nulls.mean()), float(nulls.std())
         if math.isnan(value):
             estimates[name] = Estimate.missing("1", far)
         else:
@@ -163,77 +204,110 @@ def two_sample(
     return estimates
 
 
-def _moments(values: list[float]) -> tuple[float, float]:
-    numbers = torch.tensor(values, dtype=torch.float64)
-    return float(numbers.mean()), float(numbers.std())
+def _sliced_w2(x: torch.Tensor, y: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Of E pairs of samples (E, n, D) along directions (E, D, P), (E,) float64 on the CPU."""
+    projected_x, projected_y = (
+        (sample @ directions).mT.contiguous().sort().values for sample in (x, y)
+    )
+    return (projected_x - projected_y).square().mean((1, 2)).sqrt().cpu()
 
 
-def _distance_statistics(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    """The three statistics that rest on the distances of all pairs, made once, a few rows a time.
+def _distance_statistics(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """MMD, energy distance and AUC of E pairs of samples (E, n, D), (3, E) float64 on the CPU.
 
     In float32, centred: the rounding, 1e-6 of |z|² in a squared distance, averages out far below
     the null's noise. Far out in float64; farther still NaN.
     """
-    count = len(x)
+    both = torch.cat([x, y], 1)
+    both = both - both.mean(1, keepdim=True)
+    largest = both.square().sum(2).amax(1)
+    single = largest < _SINGLE_RESOLVES
+    result = torch.full((3, len(x)), math.nan, dtype=torch.float64)
+    for dtype, chosen in (
+        (torch.float32, single),
+        (torch.float64, ~single & (largest <= _DOUBLE_RESOLVES)),
+    ):
+        members = chosen.nonzero()[:, 0]
+        if len(members):
+            points = both if len(members) == len(both) else both[members]
+            result[:, members.cpu()] = _of_all_pairs(points.to(dtype), x.shape[1])
+    return result
+
+
+def _of_all_pairs(both: torch.Tensor, count: int) -> torch.Tensor:
+    """The statistics that rest on the distances of all pairs, made once, some rows at a time.
+
+    Args:
+        both: x and behind it y, so many points each, (E, 2 count, D).
+    """
     half = count // 2
-    both = torch.cat([x, y])
-    both = both - both.mean(0)
-    largest = float(both.square().sum(1).max())
-    if largest > _DOUBLE_RESOLVES:
-        return dict.fromkeys(("mmd", "energy_distance", "c2st_auc"), math.nan)
-    if largest < _SINGLE_RESOLVES:
-        both = both.float()
     neighbours = max(1, round(math.sqrt(count)))
     # Of each sample its first half, by which the other is classified.
     known, asked = (
-        [both[sample * count : (sample + 1) * count][part] for sample in (0, 1)]
+        [both[:, sample * count : (sample + 1) * count][:, part] for sample in (0, 1)]
         for part in (slice(half), slice(half, None))
     )
-    sums = torch.zeros(2, 2, 2, dtype=torch.float64)  # kernel and distance, by sample of a and of b
+    # Of kernel and distance, by sample of a and of b.
+    sums = torch.zeros(2, 2, 2, len(both), dtype=torch.float64, device=both.device)
     votes: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     # Every pair once, and at the end its mirror image; a block of both by half.
     for sample in (0, 1):
-        for distances in _distances(asked[sample], torch.cat(known)):
-            nearest = distances.topk(neighbours, 1, largest=False, sorted=False)
-            votes[sample].append((nearest.indices < half).sum(1))
-            for other, block in enumerate(distances.split(half, 1)):
+        for distances in _distances(asked[sample], torch.cat(known, 1)):
+            nearest = distances.topk(neighbours, 2, largest=False, sorted=False)
+            votes[sample].append((nearest.indices < half).sum(2))
+            for other, block in enumerate(distances.split(half, 2)):
                 sums[:, sample, other] += _kernel_and_distance(block)
     for group in (known, asked):
         for sample, other in ((0, 0), (0, 1), (1, 1)):
             same = sample == other
             for block in _distances(group[sample], group[other], same=same):
                 sums[:, sample, other] += _kernel_and_distance(block) / (1 + same)
-    kernel_sum, distance_sum = sums + sums.mT
-    kernel_mean, distance_mean = kernel_sum / count**2, distance_sum / count**2
-    contrast = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    kernel_mean, distance_mean = (sums + sums.transpose(1, 2)).cpu() / count**2
+
+    def contrast(means: torch.Tensor) -> torch.Tensor:
+        return means[0, 0] + means[1, 1] - means[0, 1] - means[1, 0]
+
     # Both forms are squared norms, so below 0 by rounding alone: where the samples are the same.
-    return {
-        "mmd": math.sqrt(max(float((kernel_mean * contrast).sum()), 0.0)),
-        "energy_distance": math.sqrt(max(-float((distance_mean * contrast).sum()), 0.0)),
-        "c2st_auc": _auc(torch.cat(votes[0]), torch.cat(votes[1]), neighbours),
-    }
+    return torch.stack(
+        [
+            contrast(kernel_mean).clamp_min(0).sqrt(),
+            (-contrast(distance_mean)).clamp_min(0).sqrt(),
+            _auc(torch.cat(votes[0], 1), torch.cat(votes[1], 1), neighbours).cpu(),
+        ]
+    )
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor, same: bool = False) -> Iterator[torch.Tensor]:
-    """|a − b| of all pairs of (n, D) and (m, D), some rows at a time; exactly 0 for the same."""
-    square = b.square().sum(1)
-    for start, part in enumerate(a.split(_ROWS)):
-        squared = torch.addmm(square, part, b.T, alpha=-2)
-        squared += part.square().sum(1)[:, None]
+    """|a − b| of all pairs of (E, n, D) and (E, m, D), some rows at a time; 0 for the same."""
+    square = b.square().sum(2)[:, None]
+    tile = _CPU_TILE if a.device.type == "cpu" else _GPU_TILE
+    rows = max(1, tile // (len(a) * b.shape[1]))
+    for start, part in enumerate(a.split(rows, 1)):
+        squared = torch.baddbmm(square, part, b.mT, alpha=-2)
+        squared += part.square().sum(2)[..., None]
         if same:
-            squared.diagonal(start * _ROWS).zero_()
+            squared.diagonal(start * rows, 1, 2).zero_()
         yield squared.clamp_min_(0).sqrt_()  # rounding leaves squares of −1e-6
 
 
 def _kernel_and_distance(distances: torch.Tensor) -> torch.Tensor:
-    """Sums over pairs of the kernel (1 + |a − b|²)^-½ and of the distance, (2,) on the CPU."""
+    """Sums over pairs of the kernel (1 + |a − b|²)^-½ and of the distance, (2, E)."""
     kernel = distances.square().add_(1).rsqrt_()
-    return torch.stack([part.sum(dtype=torch.float64) for part in (kernel, distances)]).cpu()
+    return torch.stack([part.sum((1, 2), dtype=torch.float64) for part in (kernel, distances)])
 
 
-def _auc(x_votes: torch.Tensor, y_votes: torch.Tensor, most: int) -> float:
-    """The share of pairs in which x has more votes, ties one half, from the counts of each vote."""
-    x_counts = torch.bincount(x_votes, minlength=most + 1).double()
-    y_counts = torch.bincount(y_votes, minlength=most + 1).double()
-    below = y_counts.cumsum(0) - y_counts
-    return float((x_counts * (below + 0.5 * y_counts)).sum() / (x_counts.sum() * y_counts.sum()))
+def _auc(x_votes: torch.Tensor, y_votes: torch.Tensor, most: int) -> torch.Tensor:
+    """The share of pairs in which x has more votes, ties one half, from the counts of each vote.
+
+    Args:
+        x_votes, y_votes: (E, n), from 0 to ``most``.
+    """
+    x_counts, y_counts = (
+        torch.zeros(len(votes), most + 1, dtype=torch.float64, device=votes.device).scatter_add_(
+            1, votes, torch.ones_like(votes, dtype=torch.float64)
+        )
+        for votes in (x_votes, y_votes)
+    )
+    below = y_counts.cumsum(1) - y_counts
+    pairs = x_counts.sum(1) * y_counts.sum(1)
+    return (x_counts * (below + 0.5 * y_counts)).sum(1) / pairs
