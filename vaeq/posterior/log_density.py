@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
+from vaeq.lockstep import made
 from vaeq.threads import in_threads
 
 _LOG2_E = math.log2(math.e)
@@ -34,6 +37,9 @@ _GROUP = {torch.float32: 4, torch.float64: 1}
 _SMALLEST = {torch.float32: -126.0, torch.float64: -1022.0}
 # A tile whose sum is this large has outgrown its shift, long before it overflows.
 _OUTGROWN = 2.0**50
+# log₂ of a component that is not there: far below all that are, and no infinity, of which a
+# product with 0 would be NaN.
+_NOTHING = -1e30
 # float32 would overflow in z²/σ² beyond either of these.
 _FAR = 1e9
 _EXTREME = 40.0
@@ -115,53 +121,44 @@ class MixtureLogDensity:
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """log q_N(z) of z (S, D) in nats, float64, shape (S,)."""
-        exact = not rounds_products(z.device) and float(z.abs().amax()) < _FAR
-        single = torch.float32 if exact else torch.float64
-        parts = []
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            # Rows at a time, so that neither the queries nor the results outgrow their bounds.
-            for points in z.split(_BLOCK_BYTES // 8 // (3 * z.shape[1] + 1)):
-                centred = points.double() - self._centre
-                total = torch.full_like(centred[:, 0], -math.inf)
-                for index, dtype in ((self._single, single), (self._double, torch.float64)):
-                    if len(index):
-                        total = torch.logaddexp2(total, self._tiled(centred, index, dtype))
-                total /= _LOG2_E
-                if len(self._direct):
-                    total = torch.logaddexp(total, self._by_differences(points.double()))
-                parts.append(total)
-        return torch.cat(parts) - (math.log(len(self._mean)) + 0.5 * z.shape[1] * _LOG_2PI)
+        (found,) = made(_log_densities, [(self, z)], shape=(len(z), z.device))
+        return found
 
-    def _tiled(self, z: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """log₂ Σᵢ of the unnormalized densities of the components in index, at z (S, D)."""
-        queries = _queries(z, dtype)
-        rows, columns = _tile_shape(len(z), z.device)
-        size = queries.shape[1] * queries.element_size()
-        block = max(columns, _BLOCK_BYTES // size // columns * columns)
-        total = torch.full_like(z[:, 0], -math.inf)
-        for members in index.split(block):
-            keys = [self._keys(part, dtype) for part in members.split(columns)]
-            each = functools.partial(_log2_sum, tiles=keys)
-            side_by_side = in_threads if z.device.type == "cpu" else map
-            found = list(side_by_side(each, queries.split(rows)))
-            total = torch.logaddexp2(total, torch.cat(found))
-        return total
+    def components(self, far: bool) -> Iterator[tuple[torch.Tensor, torch.dtype]]:
+        """Components for matrix products, as numbers of the mixture's, and their arithmetic.
 
-    def _keys(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[−½σ⁻², μσ⁻², −½(μ²σ⁻² + log σ²)] log₂e in groups, and ones for the shift, (K, n)."""
-        mean = self._mean[index].double() - self._centre
-        logvar = self._logvar[index].double()
-        precision = _LOG2_E * torch.exp(-logvar)
-        linear = mean * precision
-        constant = -0.5 * (mean * linear + _LOG2_E * logvar)
-        parts = []
-        for start in range(0, mean.shape[1], _GROUP[dtype]):
-            group = slice(start, start + _GROUP[dtype])
-            parts += [-0.5 * precision[:, group], linear[:, group], constant[:, group].sum(1, True)]
-        return torch.cat([*parts, torch.ones_like(parts[-1])], 1).to(dtype).T.contiguous()
+        Args:
+            far: products that are float32 elsewhere have to be float64.
+        """
+        for index, dtype in (
+            (self._single, torch.float64 if far else torch.float32),
+            (self._double, torch.float64),
+        ):
+            if len(index):
+                yield index, dtype
 
-    def _by_differences(self, z: torch.Tensor) -> torch.Tensor:
-        """log Σᵢ of the unnormalized densities from (z − μ)/σ itself: no cancellation, slow."""
+    def centred(self, z: torch.Tensor) -> torch.Tensor:
+        """z (S, D) from the origin of the arithmetic, float64."""
+        return z.double() - self._centre
+
+    def operands(
+        self, index: torch.Tensor, dims: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """μ from the origin of the arithmetic and log σ² of some components, (count, dims) float64.
+
+        Further dimensions are those of N(0, 1), at which z must be 0; further components are 0.
+        """
+        more = (0, dims - self._mean.shape[1], 0, count - len(index))
+        mean, logvar = self._mean[index].double() - self._centre, self._logvar[index].double()
+        return (pad(mean, more), pad(logvar, more)) if any(more) else (mean, logvar)
+
+    def by_differences(self, z: torch.Tensor) -> torch.Tensor | None:
+        """log Σᵢ of the unnormalized densities from (z − μ)/σ itself: no cancellation, slow.
+
+        None where no component asks for it.
+        """
+        if not len(self._direct):
+            return None
         rows = chunk_rows(z.shape[1])
         total = torch.full_like(z[:, 0], -math.inf)
         for members in self._direct.split(max(1, min(rows, 1024))):
@@ -175,6 +172,120 @@ class MixtureLogDensity:
             ]
             total = torch.logaddexp(total, torch.cat(found))
         return total
+
+    @property
+    def log_scale(self) -> float:
+        """log N (2π)^(D/2), by which the unnormalized densities are too large."""
+        count, dims = self._mean.shape
+        return math.log(count) + 0.5 * dims * _LOG_2PI
+
+
+def _log_densities(
+    asked: Sequence[tuple[MixtureLogDensity, torch.Tensor]],
+) -> list[torch.Tensor]:
+    """log q_N(z) of E mixtures, each at z (S, D) of its own, float64, (S,) each.
+
+    Those of fewer dimensions and components are padded, and multiplied as one stack.
+    """
+    device = asked[0][1].device
+    exact = not rounds_products(device)
+    far = [not exact or float(z.abs().amax()) >= _FAR for _, z in asked]
+    parts: list[list[torch.Tensor]] = [[] for _ in asked]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        # Rows at a time, so that neither the queries nor the results outgrow their bounds.
+        rows = _BLOCK_BYTES // 8 // sum(3 * z.shape[1] + 1 for _, z in asked)
+        for points in zip(*(z.split(max(1, rows)) for _, z in asked), strict=True):
+            centred = [mixture.centred(z) for (mixture, _), z in zip(asked, points, strict=True)]
+            totals = [torch.full_like(z[:, 0], -math.inf) for z in centred]
+            for dtype in (torch.float32, torch.float64):
+                stack = [
+                    _Operands(e, mixture, index, centred[e])
+                    for e, (mixture, _) in enumerate(asked)
+                    for index, own in mixture.components(far[e])
+                    if own == dtype
+                ]
+                if stack:
+                    for one, found in zip(stack, _tiled(stack, dtype), strict=True):
+                        totals[one.member] = torch.logaddexp2(totals[one.member], found)
+            for e, ((mixture, _), z) in enumerate(zip(asked, points, strict=True)):
+                total = totals[e] / _LOG2_E
+                differences = mixture.by_differences(z.double())
+                if differences is not None:
+                    total = torch.logaddexp(total, differences)
+                parts[e].append(total)
+    return [
+        torch.cat(part) - mixture.log_scale for part, (mixture, _) in zip(parts, asked, strict=True)
+    ]
+
+
+class _Operands(NamedTuple):
+    """Some components of a mixture, and the points (S, D) at which they are wanted."""
+
+    member: int
+    mixture: MixtureLogDensity
+    chosen: torch.Tensor  # (n,), their numbers
+    z: torch.Tensor
+
+
+def _tiled(stack: Sequence[_Operands], dtype: torch.dtype) -> torch.Tensor:
+    """log₂ Σᵢ of the unnormalized densities of all components, (E, S)."""
+    dims = max(one.z.shape[1] for one in stack)
+    most = max(len(one.chosen) for one in stack)
+    device = stack[0].z.device
+    queries = torch.stack([_queries(_widened(one.z, dims), dtype) for one in stack])
+    rows, columns = _tile_shape(queries.shape[1], device, len(stack))
+    size = len(stack) * queries.shape[2] * queries.element_size()
+    block = max(columns, _BLOCK_BYTES // size // columns * columns)
+    # A tile at a time they stay in cache; a GPU would wait for the launches.
+    packed = columns if device.type == "cpu" else block
+    total = torch.full(queries.shape[:2], -math.inf, dtype=torch.float64, device=device)
+    for start in range(0, most, block):
+        end = min(start + block, most)
+        tiles = [
+            tile
+            for first in range(start, end, packed)
+            for tile in _keys(stack, slice(first, min(first + packed, end)), dtype, dims).split(
+                columns, 2
+            )
+        ]
+        each = functools.partial(_log2_sum, tiles=tiles)
+        side_by_side = in_threads if device.type == "cpu" else map
+        found = list(side_by_side(each, queries.split(rows, 1)))
+        total = torch.logaddexp2(total, torch.cat(found, 1))
+    return total
+
+
+def _keys(stack: Sequence[_Operands], some: slice, dtype: torch.dtype, dims: int) -> torch.Tensor:
+    """[−½σ⁻², μσ⁻², −½(μ²σ⁻² + log σ²)] log₂e in groups, and ones for the shift, (E, K, n).
+
+    Where a mixture has no more components, such as add nothing.
+    """
+    count = some.stop - some.start
+    chosen = [one.chosen[some] for one in stack]
+    operands = [
+        one.mixture.operands(own, dims, count) for one, own in zip(stack, chosen, strict=True)
+    ]
+    mean, logvar = (
+        torch.stack(part) if len(part) > 1 else part[0][None]
+        for part in zip(*operands, strict=True)
+    )
+    precision = _LOG2_E * torch.exp(-logvar)
+    linear = mean * precision
+    constant = -0.5 * (mean * linear + _LOG2_E * logvar)
+    for row, own in zip(constant, chosen, strict=True):
+        if len(own) < count:
+            row[len(own) :, 0] = _NOTHING
+    parts = []
+    for start in range(0, dims, _GROUP[dtype]):
+        group = slice(start, start + _GROUP[dtype])
+        parts += [
+            -0.5 * precision[..., group],
+            linear[..., group],
+            constant[..., group].sum(2, True),
+        ]
+    keys = torch.cat([*parts, torch.ones_like(parts[-1])], 2).to(dtype)
+    # A CPU transposes a matrix fast, and a stack of one slowly.
+    return keys[0].T.contiguous()[None] if len(stack) == 1 else keys.mT.contiguous()
 
 
 def path_words(arithmetic: Mapping[str, int]) -> str:
@@ -202,14 +313,14 @@ def sum_rows(codes: torch.Tensor) -> torch.Tensor:
     return sums.sum(0)
 
 
-def _tile_shape(draws: int, device: torch.device) -> tuple[int, int]:
+def _tile_shape(draws: int, device: torch.device, mixtures: int) -> tuple[int, int]:
     """Rows and columns of a tile: every thread gets the same number of equal chunks of rows."""
     on_cpu = device.type == "cpu"
     tile, most = (_CPU_TILE, _CPU_ROWS) if on_cpu else (_GPU_TILE, _GPU_ROWS)
     threads = torch.get_num_threads() if on_cpu else 1
     chunks = threads * math.ceil(draws / (threads * most))
     rows = math.ceil(draws / chunks)
-    return rows, max(512, min(tile // rows, 1 << 16))
+    return rows, max(512, min(tile // (rows * mixtures), 1 << 16))
 
 
 def rounds_products(device: torch.device) -> bool:
@@ -226,6 +337,12 @@ def rounds_products(device: torch.device) -> bool:
     return bool((product != 64 * (1 + 2.0**-12)).any())
 
 
+def _widened(values: torch.Tensor, dims: int) -> torch.Tensor:
+    """Values (S, D) followed by zeros, (S, dims)."""
+    missing = dims - values.shape[1]
+    return pad(values, (0, missing)) if missing else values
+
+
 def _queries(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[z², z, 1] in groups of dimensions, and a last column for minus the shift, (S, K)."""
     ones = torch.ones_like(z[:, :1])
@@ -235,35 +352,37 @@ def _queries(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([*parts, torch.zeros_like(ones)], 1).to(dtype)
 
 
-def _log2_sum(queries: torch.Tensor, tiles: list[torch.Tensor]) -> torch.Tensor:
-    """log₂ Σ 2^(queries · keys) over all tiles, float64, (S,).
+def _log2_sum(queries: torch.Tensor, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+    """log₂ Σ 2^(queries · keys) over all tiles (E, K, n), at queries (E, S, K): float64, (E, S).
 
     The shift of a row is the maximum of its first tile. It is raised only where a later tile
     outgrows it, which the sum of that tile tells: a running maximum would cost a pass over each.
     """
     queries = queries.clone()
     dtype = queries.dtype
-    buffer = queries.new_empty(len(queries) * max(tile.shape[1] for tile in tiles))
+    stack, rows, _ = queries.shape
+    buffer = queries.new_empty(stack * rows * max(tile.shape[2] for tile in tiles))
     shift: torch.Tensor | None = None
     for keys in tiles:
-        logits = buffer[: len(queries) * keys.shape[1]].view(len(queries), -1)
-        torch.mm(queries, keys, out=logits)
+        logits = buffer[: stack * rows * keys.shape[2]].view(stack, rows, -1)
+        torch.bmm(queries, keys, out=logits)
         if shift is None:
-            shift = logits.amax(1)
-            logits.sub_(shift[:, None])
-            queries[:, -1] = -shift
+            shift = logits.amax(2)
+            logits.sub_(shift[..., None])
+            queries[..., -1] = -shift
             total = torch.zeros_like(shift, dtype=torch.float64)
-        part = logits.clamp_min_(_SMALLEST[dtype]).exp2_().sum(1)
-        outgrown = (part > _OUTGROWN).nonzero()[:, 0]
-        if len(outgrown):
-            logits = torch.mm(queries[outgrown], keys)
-            raised = shift[outgrown] + logits.amax(1)
-            rise = raised - shift[outgrown]
+        part = logits.clamp_min_(_SMALLEST[dtype]).exp2_().sum(2)
+        outgrown = (part > _OUTGROWN).nonzero()
+        for e in range(stack) if len(outgrown) else ():
+            own = outgrown[outgrown[:, 0] == e, 1]
+            logits = torch.mm(queries[e][own], keys[e])
+            raised = shift[e][own] + logits.amax(1)
+            rise = raised - shift[e][own]
             logits.sub_(rise[:, None])
-            part[outgrown] = logits.clamp_min_(_SMALLEST[dtype]).exp2_().sum(1)
-            total[outgrown] *= torch.exp2(-rise.double())
-            shift[outgrown] = raised
-            queries[outgrown, -1] = -raised
+            part[e][own] = logits.clamp_min_(_SMALLEST[dtype]).exp2_().sum(1)
+            total[e][own] *= torch.exp2(-rise.double())
+            shift[e][own] = raised
+            queries[e][own, -1] = -raised
         total += part
     assert shift is not None
     return shift.double() + torch.log2(total)
