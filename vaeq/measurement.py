@@ -21,6 +21,7 @@ from vaeq.divergence.two_sample import N_DIRECTIONS, N_SAMPLES, REPEATS, two_sam
 from vaeq.divergence.uniform import uniform_view
 from vaeq.errors import InputError, one_line
 from vaeq.estimate import Estimate
+from vaeq.lockstep import rejoin
 from vaeq.posterior.aggregated import AggregatedPosterior
 from vaeq.posterior.codes import Codes, as_codes, read_beside, read_codes, warn_of
 from vaeq.seeds import derive_seed
@@ -189,6 +190,7 @@ def measure_posterior(
     warn_of(codes, stacklevel=3)
 
     def stream(part: str) -> torch.Generator:
+        rejoin()  # every part begins in step
         return torch.Generator().manual_seed(derive_seed(seed, part))
 
     per_dimension: dict[str, list[Any]] = dict(marginals(posterior))

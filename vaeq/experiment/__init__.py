@@ -11,7 +11,7 @@ import torch
 
 from vaeq.config import RunConfig, identified, run_name
 from vaeq.errors import Taken, VaeqError
-from vaeq.experiment.measuring import estimates_of, finish, measure_ppca, measure_together
+from vaeq.experiment.measuring import ENCODED, estimates_of, finish, measure_ppca, measure_together
 from vaeq.experiment.preparation import build, prepare, recipe
 from vaeq.experiment.training import train
 from vaeq.experiment.under_way import Notify, Run, begin, fail
@@ -22,8 +22,6 @@ __all__ = ["build", "estimates_of", "prepare", "recipe", "run", "run_ensemble"]
 
 # Seconds between two looks at a run that another process is at.
 _LOOK = 1.0
-# Models encoded together: their codes are held at once, 31 MB each at D = 64.
-_ENCODED = 16
 
 
 def run(config: RunConfig, notify: Notify, threads: int, *, wait: bool = True) -> RunRecord:
@@ -95,8 +93,8 @@ def run_ensemble(
                     fail(runs[i], failure)
                     endings[i] = failure
             trained = [i for i in together if failures[i] is None]
-            for start in range(0, len(trained), _ENCODED):
-                some = trained[start : start + _ENCODED]
+            for start in range(0, len(trained), ENCODED):
+                some = trained[start : start + ENCODED]
                 for i, ending in zip(some, measure_together([runs[i] for i in some]), strict=True):
                     endings[i] = ending
     return [ending for ending in endings if ending is not None]

@@ -21,6 +21,7 @@ from vaeq.generation.panel import ANNEALED, LIKELIHOOD, Decoder, likelihoods
 from vaeq.generation.quality import FLOOR, missing_quality
 from vaeq.generation.samplers import SOURCES
 from vaeq.launch.progress import Event
+from vaeq.lockstep import side_by_side
 from vaeq.measurement import Measurement, estimate_names, measure
 from vaeq.models.elbo import held_out_elbo
 from vaeq.models.ppca import fit_ppca
@@ -38,11 +39,12 @@ from vaeq.runs.record import (
     write_record,
 )
 from vaeq.seeds import derive_seed
-from vaeq.threads import in_threads
 from vaeq.training.checkpoint import save_weights
 from vaeq.training.ensemble import Ensemble, Moments, encode_all
 
 Codes = tuple[torch.Tensor, torch.Tensor]  # mean and logvar, (N, D) each
+# Models encoded together: their codes are held at once, 31 MB each at D = 64.
+ENCODED = 16
 # Samples of q(z|x) kept for the pictures of the report.
 _KEPT_SAMPLES = 10_000
 
@@ -65,7 +67,12 @@ def _quality_names() -> set[str]:
 
 
 def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
-    """Encode runs that were trained together as one program, and measure and record each."""
+    """Encode, measure and judge runs that were trained together, and record each.
+
+    On a GPU as one program; on a CPU encoding and log p(x) are one, and what is measured of each is
+    measured side by side, a run a core.
+    """
+    began = time.perf_counter()
     images = runs[0].images
     vaes = [run.state.vae for run in runs]
     codes = [encode_all(vaes, images.observed(part)) for part in ("train", "test")]
@@ -73,20 +80,28 @@ def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
         Decoder(vae.decode, train, test, images)
         for vae, train, test in zip(vaes, *codes, strict=True)
     ]
-    judged = _judge_together(runs, decoders) if len(runs) > 1 else [None] * len(runs)
-    # The flow takes its first weights from torch's own generator, of which a process has one.
-    at_once = 1 if runs[0].config.measure.flow else torch.get_num_threads()
+    ex_posts = side_by_side(_fit_ex_post, zip(runs, decoders, strict=True), images.train.device)
+    likelihood = _likelihoods(runs, decoders, ex_posts)
+    share = (time.perf_counter() - began) / len(runs)
     endings: list[RunRecord | Exception] = []
+    at_once = _measured_at_once(runs[0])
     for start in range(0, len(runs), at_once):
         some = slice(start, start + at_once)
         panels = _panels(runs[some], [(d.codes, d.test_codes) for d in decoders[some]])
-        endings += [
-            finish(run, partial(_measure_vae, run, decoder, known, panel))
-            for run, decoder, known, panel in zip(
-                runs[some], decoders[some], judged[some], panels, strict=True
-            )
-        ]
+        for run, decoder, ex_post, known, panel in zip(
+            runs[some], decoders[some], ex_posts[some], likelihood[some], panels, strict=True
+        ):
+            judged = _Judged(ex_post, known, share)
+            endings.append(finish(run, partial(_measure_vae, run, decoder, judged, panel)))
     return endings
+
+
+def _measured_at_once(run: Run) -> int:
+    """How many runs like this one are measured side by side."""
+    if run.config.measure.flow:
+        # The flow takes its first weights from torch's own generator, of which a process has one.
+        return 1
+    return torch.get_num_threads() if run.images.train.device.type == "cpu" else ENCODED
 
 
 @dataclass(frozen=True)
@@ -105,14 +120,15 @@ class _Panel:
 
 
 def _panels(runs: Sequence[Run], codes: Sequence[tuple[Codes, Codes]]) -> list[_Panel]:
-    """The panel of each run, a thread each: what is small in one leaves a second thread idle."""
+    """The panel of each run: what is small in one would leave a second core, or a GPU, idle."""
     began = time.perf_counter()
     for run in runs:
         run.notify(Event("stage", run.name, message="measuring"))
     with warnings.catch_warnings():
         # These are log variances, however a young encoder's may look.
         warnings.simplefilter("ignore", CodesWarning)
-        found = in_threads(_panel, zip(runs, codes, strict=True))
+        device = codes[0][0][0].device
+        found = side_by_side(_panel, zip(runs, codes, strict=True), device)
     share = (time.perf_counter() - began) / len(runs)
     return [_Panel(one, share) for one in found]
 
@@ -134,35 +150,59 @@ def _panel(one: tuple[Run, tuple[Codes, Codes]]) -> Measurement | Exception:
         return error
 
 
-def _judge_together(
-    runs: Sequence[Run], decoders: Sequence[Decoder]
-) -> list[tuple[ExPost, dict[str, Estimate]] | None]:
-    """The ex-post mixture of every run, and log p(x) of all as one program, where it is asked for.
-
-    None for all also where it fails: asked one by one, the run that cannot have it fails alone.
+@dataclass(frozen=True)
+class _Judged:
+    """What was found of a decoder beside others: its likelihood is None where it was not asked for
+    or could not be had together; and the run's share of time.
     """
-    nothing: list[tuple[ExPost, dict[str, Estimate]] | None] = [None] * len(runs)
+
+    ending: ExPost | Exception
+    likelihood: dict[str, Estimate] | None
+    seconds: float
+
+    @property
+    def ex_post(self) -> ExPost:
+        """The mixture; what prevented it is raised."""
+        if isinstance(self.ending, Exception):
+            raise self.ending
+        return self.ending
+
+
+def _fit_ex_post(one: tuple[Run, Decoder]) -> ExPost | Exception:
+    run, decoder = one
+    try:
+        return decoder.fit_ex_post(_generator(run, "ex-post"))
+    except Exception as error:  # of this run alone
+        return error
+
+
+def _likelihoods(
+    runs: Sequence[Run], decoders: Sequence[Decoder], ex_posts: Sequence[ExPost | Exception]
+) -> list[dict[str, Estimate] | None]:
+    """log p(x) of all runs as one program, where it is asked for.
+
+    None for all where it fails: asked one by one, the run that cannot have it fails alone. None
+    also for a single run, whose decoder need not be one that can be stacked.
+    """
+    nothing: list[dict[str, Estimate] | None] = [None] * len(runs)
     wanted = runs[0].config.generation
-    if wanted.n_importance is None:
+    densities = [one for one in ex_posts if isinstance(one, ExPost)]
+    if wanted.n_importance is None or len(runs) == 1 or len(densities) < len(runs):
         return nothing
     vaes = [run.state.vae for run in runs]
     stack = Ensemble(vaes, [Moments() for _ in vaes], [0.0] * len(vaes))
     try:
-        ex_posts = [
-            decoder.fit_ex_post(_generator(run, "ex-post"))
-            for run, decoder in zip(runs, decoders, strict=True)
-        ]
         found = likelihoods(
             decoders,
             stack.decode,
-            ex_posts,
+            densities,
             [_generator(run, "likelihood") for run in runs],
             n_importance=wanted.n_importance,
             n_images=wanted.likelihood_images,
         )
     except Exception:
         return nothing
-    return list(zip(ex_posts, found, strict=True))
+    return list(found)
 
 
 def finish(run: Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception:
@@ -179,12 +219,10 @@ def finish(run: Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception
     return record
 
 
-def _measure_vae(
-    run: Run, decoder: Decoder, judged: tuple[ExPost, dict[str, Estimate]] | None, panel: _Panel
-) -> RunRecord:
-    """What there is to know of a trained VAE; its likelihood may be ``judged`` by now."""
+def _measure_vae(run: Run, decoder: Decoder, judged: _Judged, panel: _Panel) -> RunRecord:
+    """What there is to know of a trained VAE."""
     found = panel.found
-    began = time.perf_counter() - panel.seconds
+    began = time.perf_counter() - panel.seconds - judged.seconds
     generator = _generator(run, "measure")
     held_out = run.images.observed("test")
     estimates = held_out_elbo(decoder.decode, *decoder.test_codes, held_out, generator)
@@ -240,18 +278,14 @@ def _generator(run: Run, *purpose: str) -> torch.Generator:
 
 
 def _generate(
-    run: Run, decoder: Decoder, judged: tuple[ExPost, dict[str, Estimate]] | None
+    run: Run, decoder: Decoder, judged: _Judged
 ) -> tuple[dict[str, Estimate], dict[str, Any], dict[str, torch.Tensor]]:
     """Likelihood, sample quality and pictures, as far as the config asks for them."""
     wanted = run.config.generation
-    estimates: dict[str, Estimate] = {}
-    if judged is not None:
-        ex_post, likelihood = judged
-        estimates |= likelihood
-    else:
-        ex_post = decoder.fit_ex_post(_generator(run, "ex-post"))
+    ex_post = judged.ex_post
+    estimates = judged.likelihood or {}
     settings: dict[str, Any] = {"ex_post_components": ex_post.components}
-    if wanted.n_importance is not None and judged is None:
+    if wanted.n_importance is not None and judged.likelihood is None:
         estimates |= decoder.likelihood(
             ex_post,
             _generator(run, "likelihood"),

@@ -19,12 +19,12 @@ from torch import Tensor
 from vaeq.data.images import Images, bernoulli_draw
 from vaeq.divergence import marginal_kl, moment_kl
 from vaeq.errors import InputError, TrainingDiverged, VaeqError
+from vaeq.lockstep import side_by_side
 from vaeq.models.conv import ConvVAE
 from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.models.mlp import VAE
 from vaeq.posterior.aggregated import AggregatedPosterior
 from vaeq.seeds import derive_seed
-from vaeq.threads import in_threads
 from vaeq.training.autograd import Autograd
 from vaeq.training.ensemble import CapturedSteps, Ensemble, Moments
 
@@ -340,7 +340,7 @@ def evaluate(
         sums[0] += reconstruction(logits, x).sum(1)
         sums[1] += gaussian_kl(mean, logvar).sum(1)
     means = (sums / len(images)).T.tolist()
-    divergences = in_threads(_divergence, zip(codes, generators, strict=True))
+    divergences = side_by_side(_divergence, zip(codes, generators, strict=True), device)
     return [
         {"test_elbo": log_px - kl, "test_reconstruction": log_px, "test_kl": kl, **divergence}
         for (log_px, kl), divergence in zip(means, divergences, strict=True)
