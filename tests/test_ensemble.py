@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 
 from tests.test_train import fresh
 from vaeq import experiment
-from vaeq.config import GenerationConfig, RunConfig
+from vaeq.config import GenerationConfig, MeasureConfig, RunConfig
 from vaeq.data.images import Images
 from vaeq.errors import TrainingDiverged, VaeqError
 from vaeq.experiment import measuring, training
 from vaeq.launch.progress import Event
+from vaeq.lockstep import in_lockstep
 from vaeq.measurement import Measurement, measure
 from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.models.mlp import ACTIVATIONS, VAE
 from vaeq.runs.record import RunRecord, read_record, run_directory
+from vaeq.training import loop
 from vaeq.training.checkpoint import save_checkpoint
 from vaeq.training.ensemble import CapturedSteps, Ensemble, Moments, encode_all
 from vaeq.training.kernels import resolve_kernels
@@ -327,10 +329,22 @@ def configs(tiny: RunConfig, **changes: Any) -> list[RunConfig]:
     ]
 
 
+@pytest.fixture(params=["threads", "lockstep"])
+def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How runs are measured: as on a CPU, and as on a GPU."""
+    if request.param == "lockstep":
+        monkeypatch.setattr(measuring, "_measured_at_once", lambda run: 4)
+        for module in (measuring, loop):
+            monkeypatch.setattr(module, "side_by_side", lambda f, items, _: in_lockstep(f, items))
+    name: str = request.param
+    return name
+
+
+@pytest.mark.usefixtures("beside")
 def test_an_ensemble_leaves_the_files_of_single_runs(tiny: RunConfig, tmp_path: Path) -> None:
     events: list[Event] = []
-    asked = GenerationConfig(n_importance=20, likelihood_images=100, quality=False)
-    members = configs(replace(tiny, generation=asked))
+    asked = GenerationConfig(n_importance=20, likelihood_images=100, ais_images=2, quality=False)
+    members = configs(replace(tiny, generation=asked, measure=MeasureConfig(panel="bracket")))
     endings = experiment.run_ensemble(members, events.append, threads=1)
     assert [event.kind for event in events].count("complete") == 4
     for config, ending in zip(members, endings, strict=True):
@@ -374,20 +388,22 @@ def test_writing_takes_a_twentieth_of_the_time_however_many_train(
     assert 0.05 * (len(written) - 4) <= clock[0] / 20
 
 
+@pytest.mark.parametrize("failing", ["likelihoods", "annealed"])
 def test_likelihoods_that_fail_together_are_asked_one_by_one(
-    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("not together")
 
-    monkeypatch.setattr(measuring, "likelihoods", fail)
-    asked = GenerationConfig(n_importance=20, likelihood_images=100, quality=False)
+    monkeypatch.setattr(measuring, failing, fail)
+    asked = GenerationConfig(n_importance=20, likelihood_images=100, ais_images=2, quality=False)
     endings = experiment.run_ensemble(
         configs(replace(tiny, generation=asked)), lambda event: None, threads=1
     )
     for ending in endings:
         assert isinstance(ending, RunRecord)
         assert ending.estimates["log_likelihood"]["value"] < 0
+        assert ending.estimates["ais_log_likelihood"]["value"] < 0
 
 
 def test_members_are_measured_side_by_side(
@@ -417,6 +433,7 @@ def test_members_are_measured_side_by_side(
         assert sum(parts) == pytest.approx(record.estimates["kl_per_image"]["value"], abs=1e-9)
 
 
+@pytest.mark.usefixtures("beside")
 def test_a_member_that_cannot_be_measured_fails_alone(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from vaeq.errors import InputError
 from vaeq.estimate import Estimate
 from vaeq.generation.likelihood import (
     ais_check,
+    ais_check_together,
     ais_log_likelihood,
     bernoulli,
     log_likelihood,
@@ -276,6 +277,27 @@ def test_the_check_reports_what_importance_sampling_misses() -> None:
         n_importance=2000, n_chains=20, n_steps=60, observation=model.observation,
     )  # fmt: skip
     assert within(good["ais_gap"], 0)
+
+
+def test_models_annealed_together_have_the_numbers_they_have_alone() -> None:
+    dims, pixels, count = (3, 1, 2), 6, 5
+    weights = [torch.randn(d, pixels, generator=generator(d)) for d in dims]
+    images = (torch.rand(count, pixels, generator=generator()) * 255).to(torch.uint8)
+    means = [0.3 * torch.randn(count, d, generator=generator(10 + d)) for d in dims]
+    logvars = [torch.full_like(mean, -0.5) for mean in means]
+    stack = torch.stack([torch.cat([w, w.new_zeros(3 - len(w), pixels)]) for w in weights])
+    numbers = {"n_images": 4, "n_importance": 30, "n_chains": 3, "n_steps": 8, "leapfrog": 2}
+    together = ais_check_together(
+        lambda z: torch.bmm(z, stack), means, logvars, images,
+        [generator(seed) for seed in range(3)], **numbers,
+    )  # fmt: skip
+    for i, found in enumerate(together):
+        alone = ais_check(
+            lambda z, i=i: z @ weights[i], means[i], logvars[i], images, generator(i), **numbers
+        )
+        for name, estimate in alone.items():
+            assert found[name].value == pytest.approx(estimate.value, rel=1e-5, abs=1e-6)
+            assert found[name].std_error == pytest.approx(estimate.std_error, rel=1e-4)
 
 
 @settings(max_examples=15, deadline=None)

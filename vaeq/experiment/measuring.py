@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from vaeq.config import RunConfig, config_hash
 from vaeq.divergence.ex_post import ExPost
 from vaeq.estimate import Estimate
 from vaeq.experiment.under_way import Run, fail
-from vaeq.generation.panel import ANNEALED, LIKELIHOOD, Decoder, likelihoods
+from vaeq.generation.panel import ANNEALED, LIKELIHOOD, Decoder, annealed, likelihoods
 from vaeq.generation.quality import FLOOR, missing_quality
 from vaeq.generation.samplers import SOURCES
 from vaeq.launch.progress import Event
@@ -81,17 +82,17 @@ def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
         for vae, train, test in zip(vaes, *codes, strict=True)
     ]
     ex_posts = side_by_side(_fit_ex_post, zip(runs, decoders, strict=True), images.train.device)
-    likelihood = _likelihoods(runs, decoders, ex_posts)
+    known = _judge_together(runs, decoders, ex_posts)
     share = (time.perf_counter() - began) / len(runs)
     endings: list[RunRecord | Exception] = []
     at_once = _measured_at_once(runs[0])
     for start in range(0, len(runs), at_once):
         some = slice(start, start + at_once)
         panels = _panels(runs[some], [(d.codes, d.test_codes) for d in decoders[some]])
-        for run, decoder, ex_post, known, panel in zip(
-            runs[some], decoders[some], ex_posts[some], likelihood[some], panels, strict=True
+        for run, decoder, ex_post, likelihood, panel in zip(
+            runs[some], decoders[some], ex_posts[some], known[some], panels, strict=True
         ):
-            judged = _Judged(ex_post, known, share)
+            judged = _Judged(ex_post, likelihood, share)
             endings.append(finish(run, partial(_measure_vae, run, decoder, judged, panel)))
     return endings
 
@@ -152,12 +153,10 @@ def _panel(one: tuple[Run, tuple[Codes, Codes]]) -> Measurement | Exception:
 
 @dataclass(frozen=True)
 class _Judged:
-    """What was found of a decoder beside others: its likelihood is None where it was not asked for
-    or could not be had together; and the run's share of time.
-    """
+    """What was found of a decoder beside others, and the run's share of time."""
 
     ending: ExPost | Exception
-    likelihood: dict[str, Estimate] | None
+    known: dict[str, Estimate]  # likelihoods that were had together
     seconds: float
 
     @property
@@ -176,33 +175,41 @@ def _fit_ex_post(one: tuple[Run, Decoder]) -> ExPost | Exception:
         return error
 
 
-def _likelihoods(
+def _judge_together(
     runs: Sequence[Run], decoders: Sequence[Decoder], ex_posts: Sequence[ExPost | Exception]
-) -> list[dict[str, Estimate] | None]:
-    """log p(x) of all runs as one program, where it is asked for.
+) -> list[dict[str, Estimate]]:
+    """log p(x) of all runs as one program, by importance sampling and by annealing, as asked for.
 
-    None for all where it fails: asked one by one, the run that cannot have it fails alone. None
-    also for a single run, whose decoder need not be one that can be stacked.
+    Nothing for all where it fails: asked one by one, the run that cannot have it fails alone. Nor
+    for a single run, whose decoder need not be one that can be stacked.
     """
-    nothing: list[dict[str, Estimate] | None] = [None] * len(runs)
+    nothing: list[dict[str, Estimate]] = [{} for _ in runs]
     wanted = runs[0].config.generation
     densities = [one for one in ex_posts if isinstance(one, ExPost)]
-    if wanted.n_importance is None or len(runs) == 1 or len(densities) < len(runs):
+    if len(runs) == 1 or len(densities) < len(runs):
         return nothing
     vaes = [run.state.vae for run in runs]
     stack = Ensemble(vaes, [Moments() for _ in vaes], [0.0] * len(vaes))
+    found: list[list[dict[str, Estimate]]] = [nothing]
     try:
-        found = likelihoods(
-            decoders,
-            stack.decode,
-            densities,
-            [_generator(run, "likelihood") for run in runs],
-            n_importance=wanted.n_importance,
-            n_images=wanted.likelihood_images,
-        )
+        if wanted.n_importance is not None:
+            generators = [_generator(run, "likelihood") for run in runs]
+            found.append(
+                likelihoods(
+                    decoders,
+                    stack.decode,
+                    densities,
+                    generators,
+                    n_importance=wanted.n_importance,
+                    n_images=wanted.likelihood_images,
+                )
+            )
+        if wanted.ais_images:
+            generators = [_generator(run, "annealing") for run in runs]
+            found.append(annealed(decoders, stack.decode, generators, n_images=wanted.ais_images))
     except Exception:
         return nothing
-    return list(found)
+    return [dict(ChainMap(*parts)) for parts in zip(*found, strict=True)]
 
 
 def finish(run: Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception:
@@ -283,16 +290,16 @@ def _generate(
     """Likelihood, sample quality and pictures, as far as the config asks for them."""
     wanted = run.config.generation
     ex_post = judged.ex_post
-    estimates = judged.likelihood or {}
+    estimates = dict(judged.known)
     settings: dict[str, Any] = {"ex_post_components": ex_post.components}
-    if wanted.n_importance is not None and judged.likelihood is None:
+    if wanted.n_importance is not None and not estimates.keys() >= {*LIKELIHOOD}:
         estimates |= decoder.likelihood(
             ex_post,
             _generator(run, "likelihood"),
             n_importance=wanted.n_importance,
             n_images=wanted.likelihood_images,
         )
-    if wanted.ais_images:
+    if wanted.ais_images and not estimates.keys() >= {*ANNEALED}:
         estimates |= decoder.annealed(_generator(run, "annealing"), wanted.ais_images)
     if wanted.quality:
         cache = Path(run.config.outputs) / CACHE

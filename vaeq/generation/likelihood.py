@@ -206,10 +206,7 @@ def _log_weights(
             m[:, None] + torch.exp(0.5 * s)[:, None] * e
             for (m, s), e in zip(own, noise, strict=True)
         ]
-        padded = torch.stack(
-            [functional.pad(codes, (0, max(dims) - codes.shape[2])) for codes in z]
-        )
-        log_px = _log_px(decode, padded, _unit(images[part]), rows, observation)
+        log_px = _log_px(decode, _padded(z, max(dims)), _unit(images[part]), rows, observation)
         result: list[tuple[Tensor, Tensor | None]] = []
         for (_, s), e, codes, log_x, log_prior in zip(
             own, noise, z, log_px, log_priors, strict=True
@@ -255,6 +252,11 @@ def _decoded(decode: Decode, z: Tensor, x: Tensor, observation: Observation) -> 
     models, images, draws = z.shape[:3]
     logits = decode(z.flatten(1, 2)).view(models * images, draws, -1)
     return observation(logits, x.repeat(models, 1)).double().view(models, images, draws)
+
+
+def _padded(parts: Sequence[Tensor], dims: int) -> Tensor:
+    """Codes (..., D_e) of E models followed by zeros, (E, ..., dims)."""
+    return torch.stack([functional.pad(part, (0, dims - part.shape[-1])) for part in parts])
 
 
 def _unit(images: Tensor) -> Tensor:
@@ -312,31 +314,77 @@ def ais_log_likelihood(
         :class:`AnnealedLikelihood`; its variance is that of the log of the mean over chains, to
         first order.
     """
+    (found,) = ais_log_likelihood_together(
+        lambda z: decode(z[0])[None],
+        [mean],
+        [logvar],
+        images,
+        [generator],
+        n_chains=n_chains,
+        n_steps=n_steps,
+        leapfrog=leapfrog,
+        observation=observation,
+    )
+    return found
+
+
+@torch.no_grad()
+def ais_log_likelihood_together(
+    decode: Decode,
+    means: Sequence[Tensor],
+    logvars: Sequence[Tensor],
+    images: Tensor,
+    generators: Sequence[torch.Generator],
+    *,
+    n_chains: int = 8,
+    n_steps: int = 100,
+    leapfrog: int = 5,
+    observation: Observation = bernoulli,
+) -> list[AnnealedLikelihood]:
+    """:func:`ais_log_likelihood` of E models for the same images as one program, model by model.
+
+    Args:
+        decode: codes (E, B, D) → parameters of p(x|z), (E, B, pixels), differentiable, D the
+            largest latent dimension; the codes of a model of fewer are followed by zeros.
+        means, logvars: (M, D_e) a model.
+        generators: one a model; the draws of each are those it has alone.
+        others: as for :func:`ais_log_likelihood`.
+    """
     if n_chains < 2 or n_steps < 1 or leapfrog < 1:
         raise InputError(
             "n_chains must be >= 2, n_steps and leapfrog >= 1, "
             f"got {n_chains}, {n_steps} and {leapfrog}."
         )
+    # As many as a model takes alone: what it draws hangs on it.
     block = max(1, 2 * _TILE // (images.shape[1] * n_chains))
-    log_px, variance, sizes, accepted = [], [], [], 0.0
-    for m, s, x in zip(mean.split(block), logvar.split(block), images.split(block), strict=True):
-        target = _Annealed(decode, m, s, _unit(x), observation)
-        short = _schedule(max(2, n_steps // 5))
-        first = torch.full((len(short) - 1, len(m)), 0.5 * m.shape[1] ** -0.25, device=m.device)
-        _, _, adapted = _anneal(target, short, first, n_chains, leapfrog, generator, adapt=True)
+    betas, short = _schedule(n_steps), _schedule(max(2, n_steps // 5))
+    parts = []
+    for start in range(0, len(images), block):
+        part = slice(start, start + block)
+        x = _unit(images[part])
+        target = _Annealed(
+            decode, [m[part] for m in means], [s[part] for s in logvars], x, observation
+        )
+        chains = _Chains(target, generators, n_chains, leapfrog)
+        adapted = chains.run(short, target.first_steps(len(short) - 1), adapt=True).steps
         # What was found at β' serves the β near it.
-        betas = _schedule(n_steps)
         place = torch.bucketize(betas[1:], short[1:]).clamp_max(len(adapted) - 1)
-        steps = adapted[place.to(m.device)]
-        log_w, rate, _ = _anneal(target, betas, steps, n_chains, leapfrog, generator)
-        level, share = _log_mean(log_w)
-        log_px.append(level)
-        variance.append(share.var(1) / n_chains)
-        sizes.append(steps[-1])
-        accepted += rate * len(m)
-    return AnnealedLikelihood(
-        torch.cat(log_px), torch.cat(variance), accepted / len(images), torch.cat(sizes)
-    )
+        parts.append(chains.run(betas, adapted[place.to(adapted.device)]))
+    log_w = torch.cat([part.log_w for part in parts], 1)
+    level, share = _log_mean(log_w.flatten(0, 1))
+    variance = share.var(1) / n_chains
+    acceptance = torch.cat([part.acceptance for part in parts], 1).mean(1).tolist()
+    step_size = torch.cat([part.steps[-1] for part in parts], 1)
+    return [
+        AnnealedLikelihood(*each)
+        for each in zip(
+            level.view(log_w.shape[:2]),
+            variance.view(log_w.shape[:2]),
+            acceptance,
+            step_size,
+            strict=True,
+        )
+    ]
 
 
 def _schedule(steps: int) -> Tensor:
@@ -346,82 +394,115 @@ def _schedule(steps: int) -> Tensor:
 
 
 class _Annealed:
-    """log f_1(z)/s(z) and log s(z) in the coordinates e of z = m + σ e, with their gradients."""
+    """log f_1(z)/s(z) in the coordinates e of z = m + σ e, with its gradient, of E models.
+
+    A model of fewer dimensions is padded: there z = e, and where e is 0 it stays 0.
+    """
 
     def __init__(
-        self, decode: Decode, mean: Tensor, logvar: Tensor, x: Tensor, observation: Observation
+        self,
+        decode: Decode,
+        means: Sequence[Tensor],
+        logvars: Sequence[Tensor],
+        x: Tensor,
+        observation: Observation,
     ) -> None:
         self._decode, self._observation = decode, observation
-        self.mean, self.std, self._x = mean[:, None], torch.exp(0.5 * logvar)[:, None], x
-        self._log_det = 0.5 * logvar.double().sum(1)[:, None]
+        self.dims = [mean.shape[1] for mean in means]
+        mean, logvar = (_padded(parts, max(self.dims)) for parts in (means, logvars))
+        self.mean, self.std = mean[:, :, None], torch.exp(0.5 * logvar)[:, :, None]
+        self._log_det = 0.5 * logvar.double().sum(2)[..., None]
+        self._x = x
+
+    def first_steps(self, count: int) -> Tensor:
+        """A step size to begin with, (count, E, b), in standard deviations of the start."""
+        own = torch.tensor([0.5 * dims**-0.25 for dims in self.dims], device=self.mean.device)
+        return own[None, :, None].repeat(count, 1, self.mean.shape[1])
 
     def log_ratio(self, e: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x|z) + log p(z) − log s(z), (b, C) float64, and its gradient (b, C, D)."""
+        """log p(x|z) + log p(z) − log s(z), (E, b, C) float64, and its gradient (E, b, C, D)."""
         with torch.enable_grad():
             e = e.detach().requires_grad_()
             z = self.mean + self.std * e
-            log_px = self._observation(
-                self._decode(z.flatten(0, 1)).view(*z.shape[:2], -1), self._x
-            )
+            log_px = _decoded(self._decode, z, self._x, self._observation)
             # log p − log s: the constants cancel.
-            value = log_px.double() + 0.5 * (e.double().square() - z.double().square()).sum(2)
+            value = log_px + 0.5 * (e.double().square() - z.double().square()).sum(3)
             (gradient,) = torch.autograd.grad(value.sum(), e)
         return value.detach() + self._log_det, gradient
 
 
-def _anneal(
-    target: _Annealed,
-    betas: Tensor,
-    steps: Tensor,
-    chains: int,
-    leapfrog: int,
-    generator: torch.Generator,
-    *,
-    adapt: bool = False,
-) -> tuple[Tensor, float, Tensor]:
-    """log w (b, C), the mean acceptance, and the step sizes (T, b) used or found."""
-    device, dtype = target.mean.device, target.mean.dtype
-    shape = (len(target.mean), chains, target.mean.shape[2])
+@dataclass(frozen=True)
+class _Run:
+    """The chains of E models at b images, C each."""
 
-    def normal() -> Tensor:
-        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
-        return noise.to(device)
+    log_w: Tensor  # (E, b, C)
+    acceptance: Tensor  # (E, b)
+    steps: Tensor  # (T, E, b), used or found
 
-    e = normal()
-    ratio, slope = target.log_ratio(e)
-    log_w = torch.zeros_like(ratio)
-    used, rates = steps.clone(), []
-    size = steps[0].clone()
-    for t, beta in enumerate(betas[1:].tolist()):
-        log_w += (beta - float(betas[t])) * ratio
-        if not adapt:
-            size = steps[t]
-        step = size.to(dtype)[:, None, None]
-        momentum = normal()
-        energy = 0.5 * (e.double().square() + momentum.double().square()).sum(2) - beta * ratio
-        # Leapfrog on U(e) = ½ e² − β log f_1/s.
-        new, new_ratio, new_slope, p = e, ratio, slope, momentum
-        for _ in range(leapfrog):
-            p = p - 0.5 * step * (new - beta * new_slope)
-            new = new + step * p
-            new_ratio, new_slope = target.log_ratio(new)
-            p = p - 0.5 * step * (new - beta * new_slope)
-        new_energy = 0.5 * (new.double().square() + p.double().square()).sum(2) - beta * new_ratio
-        # A step that overflowed is a step refused.
-        probability = torch.exp((energy - new_energy).clamp_max(0)).nan_to_num(0.0)
-        uniform = torch.rand(shape[:2], generator=generator, device=generator.device)
-        accept = uniform.to(device) < probability
-        e = torch.where(accept[:, :, None], new, e)
-        slope = torch.where(accept[:, :, None], new_slope, slope)
-        ratio = torch.where(accept, new_ratio, ratio)
-        mean_probability = probability.mean(1)
-        rates.append(float(mean_probability.mean()))
-        if adapt:
-            # Large moves at first: the start is a guess.
-            gain = 1.0 if t < 5 else 0.4
-            size = size * torch.exp(gain * (mean_probability - _ACCEPTANCE)).to(size.dtype)
-            used[t] = size
-    return log_w, sum(rates) / len(rates), used
+
+class _Chains:
+    """Annealed chains with Hamiltonian transitions, C an image, each model with its own draws."""
+
+    def __init__(
+        self,
+        target: _Annealed,
+        generators: Sequence[torch.Generator],
+        chains: int,
+        leapfrog: int,
+    ) -> None:
+        self._target, self._generators = target, generators
+        self._shape = target.mean.shape[1], chains
+        self._leapfrog = leapfrog
+
+    def _normal(self) -> Tensor:
+        like = self._target.mean
+        noise = [
+            torch.randn((*self._shape, dims), generator=g, device=g.device, dtype=like.dtype)
+            for dims, g in zip(self._target.dims, self._generators, strict=True)
+        ]
+        return _padded(noise, like.shape[3]).to(like.device)
+
+    def _uniform(self) -> Tensor:
+        parts = [torch.rand(self._shape, generator=g, device=g.device) for g in self._generators]
+        return torch.stack(parts).to(self._target.mean.device)
+
+    def run(self, betas: Tensor, steps: Tensor, *, adapt: bool = False) -> _Run:
+        """From draws of s along the betas, with these step sizes (T, E, b), or adapting them."""
+        e = self._normal()
+        ratio, slope = self._target.log_ratio(e)
+        log_w = torch.zeros_like(ratio)
+        used, accepted = steps.clone(), torch.zeros_like(ratio[..., 0])
+        size = steps[0].clone()
+        for t, beta in enumerate(betas[1:].tolist()):
+            log_w += (beta - float(betas[t])) * ratio
+            if not adapt:
+                size = steps[t]
+            step = size.to(e.dtype)[..., None, None]
+            momentum = self._normal()
+            energy = 0.5 * (e.double().square() + momentum.double().square()).sum(3) - beta * ratio
+            # Leapfrog on U(e) = ½ e² − β log f_1/s.
+            new, new_ratio, new_slope, p = e, ratio, slope, momentum
+            for _ in range(self._leapfrog):
+                p = p - 0.5 * step * (new - beta * new_slope)
+                new = new + step * p
+                new_ratio, new_slope = self._target.log_ratio(new)
+                p = p - 0.5 * step * (new - beta * new_slope)
+            kinetic = 0.5 * (new.double().square() + p.double().square()).sum(3)
+            new_energy = kinetic - beta * new_ratio
+            # A step that overflowed is a step refused.
+            probability = torch.exp((energy - new_energy).clamp_max(0)).nan_to_num(0.0)
+            accept = self._uniform() < probability
+            e = torch.where(accept[..., None], new, e)
+            slope = torch.where(accept[..., None], new_slope, slope)
+            ratio = torch.where(accept, new_ratio, ratio)
+            mean_probability = probability.mean(2)
+            accepted += mean_probability
+            if adapt:
+                # Large moves at first: the start is a guess.
+                gain = 1.0 if t < 5 else 0.4
+                size = size * torch.exp(gain * (mean_probability - _ACCEPTANCE)).to(size.dtype)
+                used[t] = size
+        return _Run(log_w, accepted / len(steps), used)
 
 
 def ais_check(
@@ -452,30 +533,65 @@ def ais_check(
         in the mean: above 0 by 2 s.e. means that importance sampling fell short by so much, below
         that annealing did.
     """
-    count = min(n_images, len(images))
-    part = slice(count)
-    annealed = ais_log_likelihood(
-        decode, mean[part], logvar[part], images[part], generator,
+    (found,) = ais_check_together(
+        lambda z: decode(z[0])[None], [mean], [logvar], images, [generator],
+        n_images=n_images, n_importance=n_importance, n_chains=n_chains, n_steps=n_steps,
+        leapfrog=leapfrog, observation=observation,
+    )  # fmt: skip
+    return found
+
+
+def ais_check_together(
+    decode: Decode,
+    means: Sequence[Tensor],
+    logvars: Sequence[Tensor],
+    images: Tensor,
+    generators: Sequence[torch.Generator],
+    *,
+    n_images: int = 100,
+    n_importance: int = 5000,
+    n_chains: int = 8,
+    n_steps: int = 100,
+    leapfrog: int = 5,
+    observation: Observation = bernoulli,
+) -> list[dict[str, Estimate]]:
+    """:func:`ais_check` of E models for the same images as one program, model by model.
+
+    Args:
+        as for :func:`ais_log_likelihood_together` and :func:`ais_check`.
+    """
+    part = slice(min(n_images, len(images)))
+    means, logvars = [mean[part] for mean in means], [logvar[part] for logvar in logvars]
+    annealed = ais_log_likelihood_together(
+        decode, means, logvars, images[part], generators,
         n_chains=n_chains, n_steps=n_steps, leapfrog=leapfrog, observation=observation,
     )  # fmt: skip
-    levels, variances = [], []
+    sampled: list[list[tuple[Tensor, Tensor]]] = [[] for _ in means]
     with torch.no_grad():
-        for ((log_w, _),) in _log_weights(
-            lambda z: decode(z[0])[None], [mean[part]], [logvar[part]], images[part], [generator],
-            n_importance, [None], observation,
+        for block in _log_weights(
+            decode, means, logvars, images[part], generators, n_importance,
+            [None] * len(means), observation,
         ):  # fmt: skip
-            level, share = _log_mean(log_w)
-            levels.append(level)
-            variances.append(share.var(1) / n_importance)
-    sampled, variance = torch.cat(levels), torch.cat(variances)
-    gap = annealed.log_px - sampled
+            for own, (log_w, _) in zip(sampled, block, strict=True):
+                own.append(_log_mean(log_w))
+    return [_gap(own, sums) for own, sums in zip(annealed, sampled, strict=True)]
+
+
+def _gap(
+    annealed: AnnealedLikelihood, sampled: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Estimate]:
+    """What annealing found and sampling missed, from levels (b,) and shares (b, K) by block."""
+    level = torch.cat([level for level, _ in sampled])
+    variance = torch.cat([share.var(1) / share.shape[1] for _, share in sampled])
+    count = len(level)
+    gap = annealed.log_px - level
     spread = float(gap.std()) / math.sqrt(count) if count > 1 else None
     return {
         "ais_log_likelihood": _estimate(
             float(annealed.log_px.mean()), math.sqrt(float(annealed.variance.sum())) / count
         ),
         "importance_log_likelihood": _estimate(
-            float(sampled.mean()), math.sqrt(float(variance.sum())) / count
+            float(level.mean()), math.sqrt(float(variance.sum())) / count
         ),
         "ais_gap": _estimate(float(gap.mean()), spread),
     }

@@ -20,7 +20,7 @@ from vaeq.divergence.ex_post import ExPost, fit_ex_post
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
 from vaeq.generation.classifier import load_classifier
-from vaeq.generation.likelihood import ais_check, log_likelihood_together
+from vaeq.generation.likelihood import ais_check_together, log_likelihood_together
 from vaeq.generation.quality import FLOOR, missing_quality, sample_quality
 from vaeq.generation.samplers import (
     as_uint8,
@@ -90,8 +90,10 @@ class Decoder:
 
     def annealed(self, generator: torch.Generator, n_images: int) -> dict[str, Estimate]:
         """What importance sampling misses, by annealing."""
-        held_out = self.images.observed("test")
-        return ais_check(self.decode, *self.test_codes, held_out, generator, n_images=n_images)
+        (found,) = annealed(
+            [self], lambda z: self.decode(z[0])[None], [generator], n_images=n_images
+        )
+        return found
 
     def quality(
         self, ex_post: ExPost, generator: torch.Generator, cache: Path
@@ -177,6 +179,30 @@ def likelihoods(
         generators,
         n_importance=n_importance,
         log_priors=[ex_post.density.log_prob for ex_post in ex_posts],
+    )
+
+
+def annealed(
+    decoders: Sequence[Decoder],
+    decode: Decode,
+    generators: Sequence[torch.Generator],
+    *,
+    n_images: int,
+) -> list[dict[str, Estimate]]:
+    """What importance sampling misses of the first held-out images, as one program.
+
+    Args:
+        decoders: of the same images.
+        decode: all of them at once, codes (E, B, D) → Bernoulli logits (E, B, pixels).
+        generators: one a decoder.
+    """
+    return ais_check_together(
+        decode,
+        [decoder.test_codes[0] for decoder in decoders],
+        [decoder.test_codes[1] for decoder in decoders],
+        decoders[0].images.observed("test"),
+        generators,
+        n_images=n_images,
     )
 
 

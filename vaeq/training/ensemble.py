@@ -294,9 +294,8 @@ class Ensemble:
         mean, logvar = self._forward(self._exact[0], x)[1].chunk(2, dim=2)
         return mean, logvar
 
-    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Logits (E, B, pixels) in float32 of codes (E, B, widest)."""
+        """Logits (E, B, pixels) in float32 of codes (E, B, widest), differentiable by torch."""
         return self._forward(self._exact[1], z)[1]
 
     def changing(self) -> list[Tensor]:
