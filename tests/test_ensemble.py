@@ -333,7 +333,7 @@ def configs(tiny: RunConfig, **changes: Any) -> list[RunConfig]:
 def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How runs are measured: as on a CPU, and as on a GPU."""
     if request.param == "lockstep":
-        monkeypatch.setattr(measuring, "_measured_at_once", lambda run: 4)
+        monkeypatch.setattr(measuring, "measured_at_once", lambda config, device: 4)
         for module in (measuring, loop):
             monkeypatch.setattr(module, "side_by_side", lambda f, items, _: in_lockstep(f, items))
     name: str = request.param

@@ -30,6 +30,8 @@ _IMAGES, _TEST_IMAGES, _SHAPE = 60_000, 10_000, (28, 28)
 _ENCODED_BATCH, _EVALUATED_BATCH = 4096, 1024
 # Steps whose images and noise are drawn at once.
 _BLOCK = 32
+# Models encoded together, and on a GPU measured: their codes are held at once.
+TOGETHER = 16
 # What the estimators hold beside the codes: tiles, panels, fitted mixtures.
 _ESTIMATORS = 150 * 2**20
 
@@ -74,7 +76,7 @@ def needed(
     config: RunConfig,
     *,
     members: int = 1,
-    threads: int = 1,
+    at_once: int = 1,
     shape: Sequence[int] = _SHAPE,
     n_train: int | None = None,
     n_test: int | None = None,
@@ -90,7 +92,7 @@ def needed(
     Args:
         config: of the run; where ``members`` is larger, the one with most weights.
         members: of an ensemble; 1 for a run by itself.
-        threads: on which members are measured side by side.
+        at_once: members that are measured side by side.
         shape, n_train, n_test: of its images, where they are known; else MNIST's, or what
             ``data.n_train`` and ``data.n_test`` leave of them.
 
@@ -111,9 +113,9 @@ def needed(
     steps = max(2 * batch * held, min(_EVALUATED_BATCH, n_test) * held)
     codes = 8 * config.latent_dim * (n_train + n_test)
     training = members * (10 * parameters + steps) + 8 * parameters + block
-    together = min(members, 16)
+    together = min(members, TOGETHER)
     encoding = min(_ENCODED_BATCH, n_train) * 8 * sum(encoder.units) * together
-    estimators = min(members, threads) * (_ESTIMATORS + 3 * codes)
+    estimators = min(members, at_once) * (_ESTIMATORS + 3 * codes)
     measuring = members * 3 * parameters + together * (parameters + codes)
     measuring += max(encoding, estimators)
     return Need(PROCESS, images, training, measuring)

@@ -11,11 +11,12 @@ import torch
 
 from vaeq.config import RunConfig, identified, run_name
 from vaeq.errors import Taken, VaeqError
-from vaeq.experiment.measuring import ENCODED, estimates_of, finish, measure_ppca, measure_together
+from vaeq.experiment.measuring import estimates_of, finish, measure_ppca, measure_together
 from vaeq.experiment.preparation import build, prepare, recipe
 from vaeq.experiment.training import train
 from vaeq.experiment.under_way import Notify, Run, begin, fail
 from vaeq.launch.progress import Event
+from vaeq.memory import TOGETHER
 from vaeq.runs.record import RunRecord
 
 __all__ = ["build", "estimates_of", "prepare", "recipe", "run", "run_ensemble"]
@@ -93,8 +94,8 @@ def run_ensemble(
                     fail(runs[i], failure)
                     endings[i] = failure
             trained = [i for i in together if failures[i] is None]
-            for start in range(0, len(trained), ENCODED):
-                some = trained[start : start + ENCODED]
+            for start in range(0, len(trained), TOGETHER):
+                some = trained[start : start + TOGETHER]
                 for i, ending in zip(some, measure_together([runs[i] for i in some]), strict=True):
                     endings[i] = ending
     return [ending for ending in endings if ending is not None]

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from vaeq.config import RunConfig, config_hash
 from vaeq.divergence.ex_post import ExPost
 from vaeq.estimate import Estimate
+from vaeq.experiment.preparation import measured_at_once
 from vaeq.experiment.under_way import Run, fail
 from vaeq.generation.panel import ANNEALED, LIKELIHOOD, Decoder, annealed, likelihoods
 from vaeq.generation.quality import FLOOR, missing_quality
@@ -44,8 +45,6 @@ from vaeq.training.checkpoint import save_weights
 from vaeq.training.ensemble import Ensemble, Moments, encode_all
 
 Codes = tuple[torch.Tensor, torch.Tensor]  # mean and logvar, (N, D) each
-# Models encoded together: their codes are held at once, 31 MB each at D = 64.
-ENCODED = 16
 # Samples of q(z|x) kept for the pictures of the report.
 _KEPT_SAMPLES = 10_000
 
@@ -74,6 +73,8 @@ def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
     measured side by side, a run a core.
     """
     began = time.perf_counter()
+    for run in runs:
+        run.notify(Event("stage", run.name, message="measuring"))
     images = runs[0].images
     vaes = [run.state.vae for run in runs]
     codes = [encode_all(vaes, images.observed(part)) for part in ("train", "test")]
@@ -85,7 +86,7 @@ def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
     known = _judge_together(runs, decoders, ex_posts)
     share = (time.perf_counter() - began) / len(runs)
     endings: list[RunRecord | Exception] = []
-    at_once = _measured_at_once(runs[0])
+    at_once = measured_at_once(runs[0].config, images.train.device)
     for start in range(0, len(runs), at_once):
         some = slice(start, start + at_once)
         panels = _panels(runs[some], [(d.codes, d.test_codes) for d in decoders[some]])
@@ -95,14 +96,6 @@ def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
             judged = _Judged(ex_post, likelihood, share)
             endings.append(finish(run, partial(_measure_vae, run, decoder, judged, panel)))
     return endings
-
-
-def _measured_at_once(run: Run) -> int:
-    """How many runs like this one are measured side by side."""
-    if run.config.measure.flow:
-        # The flow takes its first weights from torch's own generator, of which a process has one.
-        return 1
-    return torch.get_num_threads() if run.images.train.device.type == "cpu" else ENCODED
 
 
 @dataclass(frozen=True)
@@ -123,8 +116,6 @@ class _Panel:
 def _panels(runs: Sequence[Run], codes: Sequence[tuple[Codes, Codes]]) -> list[_Panel]:
     """The panel of each run: what is small in one would leave a second core, or a GPU, idle."""
     began = time.perf_counter()
-    for run in runs:
-        run.notify(Event("stage", run.name, message="measuring"))
     with warnings.catch_warnings():
         # These are log variances, however a young encoder's may look.
         warnings.simplefilter("ignore", CodesWarning)
@@ -275,6 +266,7 @@ def measure_ppca(run: Run) -> RunRecord:
     }
     codes, test_codes = model.encode(images.observed("train")), model.encode(held_out)
     generator = _generator(run, "measure")
+    run.notify(Event("stage", run.name, message="measuring"))
     (panel,) = _panels([run], [(codes, test_codes)])
     return _record(run, codes, panel.found, estimates, settings, generator, began, seconds)
 

@@ -11,7 +11,7 @@ import torch
 from vaeq.config import DataConfig, RunConfig
 from vaeq.data.images import Images, load_images, mean_image
 from vaeq.hardware import free_memory, resolve_device, resolve_precision
-from vaeq.memory import needed, require_memory
+from vaeq.memory import TOGETHER, needed, require_memory
 from vaeq.models.conv import ConvVAE, require_depth
 from vaeq.models.mlp import VAE
 from vaeq.seeds import derive_seed
@@ -44,10 +44,18 @@ def prepare(config: RunConfig, members: int = 1) -> tuple[str, Images]:
         require_depth(images.shape, config.encoder_depth, config.decoder_depth)
     if config.model != "ppca":
         n = {"n_train": len(images.train), "n_test": len(images.test)}
-        threads = torch.get_num_threads()
-        need = needed(config, members=members, threads=threads, shape=images.shape, **n)
+        at_once = measured_at_once(config, device)
+        need = needed(config, members=members, at_once=at_once, shape=images.shape, **n)
         require_memory(need, *free_memory(device), config)
     return precision, images
+
+
+def measured_at_once(config: RunConfig, device: torch.device) -> int:
+    """How many runs like this one are measured side by side."""
+    if config.measure.flow:
+        # The flow takes its first weights from torch's own generator, of which a process has one.
+        return 1
+    return torch.get_num_threads() if device.type == "cpu" else TOGETHER
 
 
 def step_kernels(config: RunConfig, device: torch.device) -> str:
