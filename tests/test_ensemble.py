@@ -17,18 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.test_train import fresh
-from vaeq import experiment
+from vaeq import experiment, lockstep
 from vaeq.config import GenerationConfig, MeasureConfig, RunConfig
 from vaeq.data.images import Images
 from vaeq.errors import TrainingDiverged, VaeqError
 from vaeq.experiment import measuring, training
 from vaeq.launch.progress import Event
-from vaeq.lockstep import in_lockstep
 from vaeq.measurement import Measurement, measure
 from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.models.mlp import ACTIVATIONS, VAE
 from vaeq.runs.record import RunRecord, read_record, run_directory
-from vaeq.training import loop
 from vaeq.training.checkpoint import save_checkpoint
 from vaeq.training.ensemble import CapturedSteps, Ensemble, Moments, encode_all
 from vaeq.training.kernels import resolve_kernels
@@ -333,9 +331,7 @@ def configs(tiny: RunConfig, **changes: Any) -> list[RunConfig]:
 def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How runs are measured: as on a CPU, and as on a GPU."""
     if request.param == "lockstep":
-        monkeypatch.setattr(measuring, "measured_at_once", lambda config, device: 4)
-        for module in (measuring, loop):
-            monkeypatch.setattr(module, "side_by_side", lambda f, items, _: in_lockstep(f, items))
+        monkeypatch.setattr(lockstep, "stacks_pay", lambda device: True)
     name: str = request.param
     return name
 
@@ -388,6 +384,8 @@ def test_writing_takes_a_twentieth_of_the_time_however_many_train(
     assert 0.05 * (len(written) - 4) <= clock[0] / 20
 
 
+@pytest.mark.parametrize("beside", ["lockstep"], indirect=True)
+@pytest.mark.usefixtures("beside")
 @pytest.mark.parametrize("failing", ["likelihoods", "annealed"])
 def test_likelihoods_that_fail_together_are_asked_one_by_one(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch, failing: str

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.operations import operations, tiles_of_a_gpu
 from vaeq import measurement
-from vaeq.divergence import bracket, two_sample
 from vaeq.divergence.densities import stack_weights
 from vaeq.divergence.stepwise_em import fit_gaussian_mixture
 from vaeq.errors import InputError
@@ -53,13 +51,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurement, "CURVE_SAMPLES", 300)
 
 
-@pytest.fixture
-def tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (bracket, two_sample, log_density):
-        monkeypatch.setattr(module, "_CPU_TILE", module._GPU_TILE)
-    monkeypatch.setattr(log_density, "_CPU_ROWS", log_density._GPU_ROWS)
-
-
 def assert_alike(one: Any, other: Any, where: str = "") -> None:
     """Equal, but for numbers: they may differ by what float32 rounds in sums in another order."""
     if isinstance(one, dict):
@@ -96,33 +87,11 @@ def test_each_has_the_numbers_it_has_alone() -> None:
             assert_alike(one.to_dict(), other.to_dict(), f"member {i}")
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations of torch, each of which is a launch or more on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(members: Sequence[Codes]) -> int:
-    def counted(member: Codes) -> int:
-        with Operations() as seen:
-            measure(*member, n_samples=500)
-        return seen.count
-
-    return sum(in_lockstep(counted, members))
-
-
-@pytest.mark.usefixtures("quick", "tiles_of_a_gpu")
+@pytest.mark.usefixtures("quick")
 def test_a_further_one_takes_half_of_the_operations_at_most() -> None:
-    one = operations([codes(4, 0)])
-    six = operations([codes(4, seed) for seed in range(6)])
+    with tiles_of_a_gpu():
+        one = operations(measured, [codes(4, 0)])
+        six = operations(measured, [codes(4, seed) for seed in range(6)])
     assert six - one < 0.55 * 5 * one
 
 

@@ -27,8 +27,15 @@ _here = threading.local()
 
 
 def side_by_side(function: Callable[[S], T], items: Iterable[S], device: torch.device) -> list[T]:
-    """``function`` of each: in lockstep on a GPU, and in threads, each by itself, on a CPU."""
-    return in_threads(function, items) if device.type == "cpu" else in_lockstep(function, items)
+    """``function`` of each: in lockstep where stacks pay, and else in threads, each by itself."""
+    return in_lockstep(function, items) if stacks_pay(device) else in_threads(function, items)
+
+
+def stacks_pay(device: torch.device) -> bool:
+    """Whether a stack is faster there than one after the other: it saves a GPU its launches, and
+    costs a CPU its caches.
+    """
+    return device.type != "cpu"
 
 
 def in_lockstep(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
@@ -66,8 +73,7 @@ def made(
 ) -> list[T]:
     """``together(items, *settings)``, for the items of all in lockstep who ask for it at once.
 
-    Outside of :func:`in_lockstep` it is one item after the other: a stack saves the launches of a
-    GPU, and costs a CPU its caches.
+    Outside of :func:`in_lockstep` it is one item after the other.
 
     Args:
         together: gives what came of each item, in their order.

@@ -13,30 +13,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from tests.benchmarks import textbook
 from tests.benchmarks.harness import REPEATS, in_turn, main, say, summary, three
+from tests.operations import operations, tiles_of_a_gpu
 from vaeq.config import DataConfig, GenerationConfig, MeasureConfig, RunConfig
-from vaeq.data.images import load_images
-from vaeq.divergence import decompose, marginal_kl
+from vaeq.data.images import Images, load_images
+from vaeq.divergence import marginal_kl
 from vaeq.divergence.marginals import marginals
 from vaeq.errors import VaeqError
 from vaeq.experiment import build, recipe
+from vaeq.generation.likelihood import ais_check, ais_check_together
 from vaeq.hardware import resolve_device, resolve_precision
 from vaeq.launch.pool import Pool, available_cores
 from vaeq.launch.sweep import SweepResult
+from vaeq.lockstep import in_lockstep, side_by_side
+from vaeq.measurement import measure
+from vaeq.models.mlp import VAE
 from vaeq.posterior.aggregated import AggregatedPosterior
-from vaeq.threads import in_threads
-from vaeq.training.ensemble import Ensemble, encode_all
+from vaeq.training.ensemble import Ensemble, Moments, encode_all
 from vaeq.training.kernels import resolve_kernels
 from vaeq.training.loop import State, fit, fit_together, train_epoch
 
+Codes = Sequence[tuple[Tensor, Tensor]]  # mean and logvar, a run
 # A quarter of MNIST, where every loop takes long enough to be timed.
 SOME_IMAGES = 15_000
 TEXTBOOK = RunConfig(
@@ -249,27 +255,82 @@ def bench_ensemble() -> list[dict[str, Any]]:
             together.append(seconds)
             alone.append(single)
     rows = [compared("an epoch", together, alone)]
-    states = [build(config, images) for config in configs]
-    posteriors = [AggregatedPosterior(*codes) for codes in encode_all([s.vae for s in states],
-                                                                     images.train)]  # fmt: skip
-
-    def decomposed(posterior: AggregatedPosterior) -> object:
-        return decompose(posterior, 10_000, torch.Generator().manual_seed(0))
-
-    times = in_turn(
-        {
-            "together": (lambda: in_threads(decomposed, posteriors), 1),
-            "alone": (lambda: [decomposed(p) for p in posteriors], 1),
-        }
-    )
-    rows.append(compared("the decomposition", times["together"], times["alone"]))
+    vaes = [state.vae for state in states]
+    for i, vae in enumerate(vaes):
+        vae.load_state_dict(stack.member(i)[0])
+    train = encode_all(vaes, images.train)
+    held_out = encode_all(vaes, images.test)
+    rows += _measuring_together(train, held_out, images)
+    rows += _annealing_together(vaes, held_out, images.test)
     say("")
     return rows
 
 
+def _measuring_together(train: Codes, held_out: Codes, images: Images) -> list[dict[str, Any]]:
+    """The panel of four runs as their device has it, and in lockstep, as a GPU has it."""
+    device = images.train.device
+    members = list(zip(train, held_out, strict=True))[::2]
+
+    def measured(member: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]) -> object:
+        codes, test_codes = member
+        return measure(*codes, *test_codes, images.train_labels, panel=panel)
+
+    panel = "bracket"  # half of the time of all
+    times = in_turn(
+        {
+            "side by side": (lambda: side_by_side(measured, members, device), 1),
+            "in lockstep": (lambda: in_lockstep(measured, members), 1),
+            "alone": (lambda: [measured(member) for member in members], 1),
+        }
+    )
+    rows = [
+        compared(f"4 panels {name}", times[name], times["alone"])
+        for name in ("side by side", "in lockstep")
+    ]
+    panel = "full"
+    with tiles_of_a_gpu():
+        alone = sum(operations(measured, [member]) for member in members)
+        together = operations(measured, members)
+    say(f"  {'their operations':<26} in lockstep {together}, alone {alone}, "
+        f"ratio {alone / together:.2f}")  # fmt: skip
+    return [*rows, {"what": "operations", "together": together, "alone": alone}]
+
+
+def _annealing_together(
+    vaes: Sequence[VAE], held_out: Codes, images: Tensor
+) -> list[dict[str, Any]]:
+    """The check of log p(x) on 25 images by short chains: side by side, and as one program."""
+    stack = Ensemble(vaes, [Moments() for _ in vaes], [0.0] * len(vaes))
+    means, logvars = zip(*held_out, strict=True)
+    short = {"n_images": 25, "n_steps": 8, "n_importance": 500}
+
+    def generator() -> torch.Generator:
+        return torch.Generator(images.device).manual_seed(0)
+
+    def one(i: int) -> object:
+        return ais_check(vaes[i].decode, means[i], logvars[i], images, generator(), **short)
+
+    def together() -> object:
+        generators = [generator() for _ in vaes]
+        return ais_check_together(stack.decode, means, logvars, images, generators, **short)
+
+    members = range(len(vaes))
+    times = in_turn(
+        {
+            "side by side": (lambda: side_by_side(one, members, images.device), 1),
+            "as one program": (together, 1),
+            "alone": (lambda: [one(i) for i in members], 1),
+        }
+    )
+    return [
+        compared(f"annealing {name}", times[name], times["alone"])
+        for name in ("side by side", "as one program")
+    ]
+
+
 def compared(what: str, together: list[float], alone: list[float]) -> dict[str, Any]:
     ratio = summary([a / t for a, t in zip(alone, together, strict=True)])
-    say(f"  {what:<18} together {three(summary(together)):>20} s, alone "
+    say(f"  {what:<26} together {three(summary(together)):>20} s, alone "
         f"{three(summary(alone)):>20} s, ratio {three(ratio)}")  # fmt: skip
     return {
         "what": what,

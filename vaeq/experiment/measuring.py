@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
 
+from vaeq import lockstep
 from vaeq.config import RunConfig, config_hash
 from vaeq.divergence.ex_post import ExPost
 from vaeq.estimate import Estimate
@@ -23,7 +23,6 @@ from vaeq.generation.panel import ANNEALED, LIKELIHOOD, Decoder, annealed, likel
 from vaeq.generation.quality import FLOOR, missing_quality
 from vaeq.generation.samplers import SOURCES
 from vaeq.launch.progress import Event
-from vaeq.lockstep import side_by_side
 from vaeq.measurement import Measurement, estimate_names, measure
 from vaeq.models.elbo import held_out_elbo
 from vaeq.models.ppca import fit_ppca
@@ -44,6 +43,8 @@ from vaeq.seeds import derive_seed
 from vaeq.training.checkpoint import save_weights
 from vaeq.training.ensemble import Ensemble, Moments, encode_all
 
+S = TypeVar("S")
+T = TypeVar("T")
 Codes = tuple[torch.Tensor, torch.Tensor]  # mean and logvar, (N, D) each
 # Samples of q(z|x) kept for the pictures of the report.
 _KEPT_SAMPLES = 10_000
@@ -67,10 +68,9 @@ def _quality_names() -> set[str]:
 
 
 def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
-    """Encode, measure and judge runs that were trained together, and record each.
+    """Encode, judge and measure runs that were trained together, and record each.
 
-    On a GPU as one program; on a CPU encoding and log p(x) are one, and what is measured of each is
-    measured side by side, a run a core.
+    On a GPU as one program. On a CPU encoding is one, and the rest is done side by side.
     """
     began = time.perf_counter()
     for run in runs:
@@ -82,125 +82,134 @@ def measure_together(runs: Sequence[Run]) -> list[RunRecord | Exception]:
         Decoder(vae.decode, train, test, images)
         for vae, train, test in zip(vaes, *codes, strict=True)
     ]
-    ex_posts = side_by_side(_fit_ex_post, zip(runs, decoders, strict=True), images.train.device)
-    known = _judge_together(runs, decoders, ex_posts)
+    judged = _judge(runs, decoders)
     share = (time.perf_counter() - began) / len(runs)
     endings: list[RunRecord | Exception] = []
     at_once = measured_at_once(runs[0].config, images.train.device)
     for start in range(0, len(runs), at_once):
         some = slice(start, start + at_once)
-        panels = _panels(runs[some], [(d.codes, d.test_codes) for d in decoders[some]])
-        for run, decoder, ex_post, likelihood, panel in zip(
-            runs[some], decoders[some], ex_posts[some], known[some], panels, strict=True
+        codes_of_some = [(decoder.codes, decoder.test_codes) for decoder in decoders[some]]
+        panels, seconds = _panels(runs[some], codes_of_some)
+        for run, decoder, known, panel in zip(
+            runs[some], decoders[some], judged[some], panels, strict=True
         ):
-            judged = _Judged(ex_post, likelihood, share)
-            endings.append(finish(run, partial(_measure_vae, run, decoder, judged, panel)))
+            found = partial(_measure_vae, run, decoder, known, panel, share + seconds)
+            endings.append(finish(run, found))
     return endings
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """The estimates for the codes of a run, or why there are none; and the run's share of time."""
-
-    ending: Measurement | Exception
-    seconds: float
-
-    @property
-    def found(self) -> Measurement:
-        """The estimates; what prevented them is raised."""
-        if isinstance(self.ending, Exception):
-            raise self.ending
-        return self.ending
-
-
-def _panels(runs: Sequence[Run], codes: Sequence[tuple[Codes, Codes]]) -> list[_Panel]:
-    """The panel of each run: what is small in one would leave a second core, or a GPU, idle."""
+def _panels(
+    runs: Sequence[Run], codes: Sequence[tuple[Codes, Codes]]
+) -> tuple[list[Measurement | Exception], float]:
+    """The estimates for the codes of each run, or why there are none; and the seconds a run."""
     began = time.perf_counter()
+    device = codes[0][0][0].device
     with warnings.catch_warnings():
         # These are log variances, however a young encoder's may look.
         warnings.simplefilter("ignore", CodesWarning)
-        device = codes[0][0][0].device
-        found = side_by_side(_panel, zip(runs, codes, strict=True), device)
-    share = (time.perf_counter() - began) / len(runs)
-    return [_Panel(one, share) for one in found]
+        found = lockstep.side_by_side(
+            partial(_attempt, _panel), zip(runs, codes, strict=True), device
+        )
+    return found, (time.perf_counter() - began) / len(runs)
 
 
-def _panel(one: tuple[Run, tuple[Codes, Codes]]) -> Measurement | Exception:
+def _panel(one: tuple[Run, tuple[Codes, Codes]]) -> Measurement:
     run, (train, test) = one
     wanted = run.config.measure
-    try:
-        return measure(
-            *train,
-            *test,
-            run.images.train_labels,
-            n_samples=wanted.n_samples,
-            seed=derive_seed(run.config.seed, "codes"),
-            panel=wanted.panel,
-            flow=wanted.flow,
-        )
-    except Exception as error:  # of this run alone
-        return error
+    return measure(
+        *train,
+        *test,
+        run.images.train_labels,
+        n_samples=wanted.n_samples,
+        seed=derive_seed(run.config.seed, "codes"),
+        panel=wanted.panel,
+        flow=wanted.flow,
+    )
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """What was found of a decoder beside others, and the run's share of time."""
+    """The mixture that stands in for the prior of a decoder, and log p(x) as it is asked for."""
 
-    ending: ExPost | Exception
-    known: dict[str, Estimate]  # likelihoods that were had together
-    seconds: float
-
-    @property
-    def ex_post(self) -> ExPost:
-        """The mixture; what prevented it is raised."""
-        if isinstance(self.ending, Exception):
-            raise self.ending
-        return self.ending
+    ex_post: ExPost
+    likelihood: dict[str, Estimate]
 
 
-def _fit_ex_post(one: tuple[Run, Decoder]) -> ExPost | Exception:
-    run, decoder = one
+def _judge(runs: Sequence[Run], decoders: Sequence[Decoder]) -> list[_Judged | Exception]:
+    """Every decoder, or why it cannot be judged."""
+    device = runs[0].images.train.device
+    pairs = list(zip(runs, decoders, strict=True))
+    ex_posts = lockstep.side_by_side(partial(_attempt, _fit_ex_post), pairs, device)
+    densities = [one for one in ex_posts if isinstance(one, ExPost)]
+    if len(runs) == len(densities) > 1 and lockstep.stacks_pay(device):
+        together = _attempt(_likelihoods_together, (runs, decoders, densities))
+        if not isinstance(together, Exception):
+            return [_Judged(one, found) for one, found in zip(densities, together, strict=True)]
+        # One by one the run that cannot have it fails alone.
+    triples = zip(runs, decoders, ex_posts, strict=True)
+    return lockstep.side_by_side(partial(_attempt, _judge_alone), triples, device)
+
+
+def _attempt(function: Callable[[S], T], item: S) -> T | Exception:
     try:
-        return decoder.fit_ex_post(_generator(run, "ex-post"))
+        return function(item)
     except Exception as error:  # of this run alone
         return error
 
 
-def _judge_together(
-    runs: Sequence[Run], decoders: Sequence[Decoder], ex_posts: Sequence[ExPost | Exception]
-) -> list[dict[str, Estimate]]:
-    """log p(x) of all runs as one program, by importance sampling and by annealing, as asked for.
+def _had(ending: T | Exception) -> T:
+    """What came of an attempt; what prevented it is raised."""
+    if isinstance(ending, Exception):
+        raise ending
+    return ending
 
-    Nothing for all where it fails: asked one by one, the run that cannot have it fails alone. Nor
-    for a single run, whose decoder need not be one that can be stacked.
-    """
-    nothing: list[dict[str, Estimate]] = [{} for _ in runs]
+
+def _fit_ex_post(one: tuple[Run, Decoder]) -> ExPost:
+    run, decoder = one
+    return decoder.fit_ex_post(_generator(run, "ex-post"))
+
+
+def _judge_alone(one: tuple[Run, Decoder, ExPost | Exception]) -> _Judged:
+    run, decoder, ex_post = one
+    mixture = _had(ex_post)
+    wanted = run.config.generation
+    found: dict[str, Estimate] = {}
+    if wanted.n_importance is not None:
+        found |= decoder.likelihood(
+            mixture,
+            _generator(run, "likelihood"),
+            n_importance=wanted.n_importance,
+            n_images=wanted.likelihood_images,
+        )
+    if wanted.ais_images:
+        found |= decoder.annealed(_generator(run, "annealing"), wanted.ais_images)
+    return _Judged(mixture, found)
+
+
+def _likelihoods_together(
+    all_of: tuple[Sequence[Run], Sequence[Decoder], Sequence[ExPost]],
+) -> list[dict[str, Estimate]]:
+    """log p(x) of all runs as one program, by importance sampling and by annealing."""
+    runs, decoders, ex_posts = all_of
     wanted = runs[0].config.generation
-    densities = [one for one in ex_posts if isinstance(one, ExPost)]
-    if len(runs) == 1 or len(densities) < len(runs):
-        return nothing
     vaes = [run.state.vae for run in runs]
     stack = Ensemble(vaes, [Moments() for _ in vaes], [0.0] * len(vaes))
-    found: list[list[dict[str, Estimate]]] = [nothing]
-    try:
-        if wanted.n_importance is not None:
-            generators = [_generator(run, "likelihood") for run in runs]
-            found.append(
-                likelihoods(
-                    decoders,
-                    stack.decode,
-                    densities,
-                    generators,
-                    n_importance=wanted.n_importance,
-                    n_images=wanted.likelihood_images,
-                )
-            )
-        if wanted.ais_images:
-            generators = [_generator(run, "annealing") for run in runs]
-            found.append(annealed(decoders, stack.decode, generators, n_images=wanted.ais_images))
-    except Exception:
-        return nothing
-    return [dict(ChainMap(*parts)) for parts in zip(*found, strict=True)]
+    found: list[dict[str, Estimate]] = [{} for _ in runs]
+    if wanted.n_importance is not None:
+        sampled = likelihoods(
+            decoders,
+            stack.decode,
+            ex_posts,
+            [_generator(run, "likelihood") for run in runs],
+            n_importance=wanted.n_importance,
+            n_images=wanted.likelihood_images,
+        )
+        found = [one | more for one, more in zip(found, sampled, strict=True)]
+    if wanted.ais_images:
+        generators = [_generator(run, "annealing") for run in runs]
+        more_found = annealed(decoders, stack.decode, generators, n_images=wanted.ais_images)
+        found = [one | more for one, more in zip(found, more_found, strict=True)]
+    return found
 
 
 def finish(run: Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception:
@@ -217,14 +226,20 @@ def finish(run: Run, measured: Callable[[], RunRecord]) -> RunRecord | Exception
     return record
 
 
-def _measure_vae(run: Run, decoder: Decoder, judged: _Judged, panel: _Panel) -> RunRecord:
-    """What there is to know of a trained VAE."""
-    found = panel.found
-    began = time.perf_counter() - panel.seconds - judged.seconds
+def _measure_vae(
+    run: Run,
+    decoder: Decoder,
+    judged: _Judged | Exception,
+    panel: Measurement | Exception,
+    seconds: float,
+) -> RunRecord:
+    """What there is to know of a trained VAE, beside what took so many seconds already."""
+    found = _had(panel)
+    began = time.perf_counter() - seconds
     generator = _generator(run, "measure")
     held_out = run.images.observed("test")
     estimates = held_out_elbo(decoder.decode, *decoder.test_codes, held_out, generator)
-    more, settings, pictures = _generate(run, decoder, judged)
+    more, settings, pictures = _generate(run, decoder, _had(judged))
     content = save({name: values.cpu() for name, values in pictures.items()})
     run.keep(PICTURES, content)
     train_seconds = sum(row["seconds"] for row in run.history)
@@ -267,8 +282,8 @@ def measure_ppca(run: Run) -> RunRecord:
     codes, test_codes = model.encode(images.observed("train")), model.encode(held_out)
     generator = _generator(run, "measure")
     run.notify(Event("stage", run.name, message="measuring"))
-    (panel,) = _panels([run], [(codes, test_codes)])
-    return _record(run, codes, panel.found, estimates, settings, generator, began, seconds)
+    (panel,), _ = _panels([run], [(codes, test_codes)])
+    return _record(run, codes, _had(panel), estimates, settings, generator, began, seconds)
 
 
 def _generator(run: Run, *purpose: str) -> torch.Generator:
@@ -280,19 +295,9 @@ def _generate(
     run: Run, decoder: Decoder, judged: _Judged
 ) -> tuple[dict[str, Estimate], dict[str, Any], dict[str, torch.Tensor]]:
     """Likelihood, sample quality and pictures, as far as the config asks for them."""
-    wanted = run.config.generation
-    ex_post = judged.ex_post
-    estimates = dict(judged.known)
+    wanted, ex_post = run.config.generation, judged.ex_post
+    estimates = dict(judged.likelihood)
     settings: dict[str, Any] = {"ex_post_components": ex_post.components}
-    if wanted.n_importance is not None and not estimates.keys() >= {*LIKELIHOOD}:
-        estimates |= decoder.likelihood(
-            ex_post,
-            _generator(run, "likelihood"),
-            n_importance=wanted.n_importance,
-            n_images=wanted.likelihood_images,
-        )
-    if wanted.ais_images and not estimates.keys() >= {*ANNEALED}:
-        estimates |= decoder.annealed(_generator(run, "annealing"), wanted.ais_images)
     if wanted.quality:
         cache = Path(run.config.outputs) / CACHE
         quality, classifier = decoder.quality(ex_post, _generator(run, "quality"), cache)

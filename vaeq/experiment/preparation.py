@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vaeq import lockstep
 from vaeq.config import DataConfig, RunConfig
 from vaeq.data.images import Images, load_images, mean_image
 from vaeq.hardware import free_memory, resolve_device, resolve_precision
@@ -55,7 +56,7 @@ def measured_at_once(config: RunConfig, device: torch.device) -> int:
     if config.measure.flow:
         # The flow takes its first weights from torch's own generator, of which a process has one.
         return 1
-    return torch.get_num_threads() if device.type == "cpu" else TOGETHER
+    return TOGETHER if lockstep.stacks_pay(device) else torch.get_num_threads()
 
 
 def step_kernels(config: RunConfig, device: torch.device) -> str:

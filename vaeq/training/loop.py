@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vaeq import lockstep
 from vaeq.data.images import Images, bernoulli_draw
 from vaeq.divergence import marginal_kl, moment_kl
 from vaeq.errors import InputError, TrainingDiverged, VaeqError
-from vaeq.lockstep import side_by_side
 from vaeq.models.conv import ConvVAE
 from vaeq.models.elbo import gaussian_kl, reconstruction
 from vaeq.models.mlp import VAE
@@ -340,7 +340,7 @@ def evaluate(
         sums[0] += reconstruction(logits, x).sum(1)
         sums[1] += gaussian_kl(mean, logvar).sum(1)
     means = (sums / len(images)).T.tolist()
-    divergences = side_by_side(_divergence, zip(codes, generators, strict=True), device)
+    divergences = lockstep.side_by_side(_divergence, zip(codes, generators, strict=True), device)
     return [
         {"test_elbo": log_px - kl, "test_reconstruction": log_px, "test_kl": kl, **divergence}
         for (log_px, kl), divergence in zip(means, divergences, strict=True)
