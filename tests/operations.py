@@ -46,4 +46,5 @@ def tiles_of_a_gpu() -> Iterator[None]:
         for module in (bracket, two_sample, log_density):
             patch.setattr(module, "_CPU_TILE", module._GPU_TILE)
         patch.setattr(log_density, "_CPU_ROWS", log_density._GPU_ROWS)
+        patch.setattr(log_density, "_CPU_PACKED", log_density._GPU_PACKED)
         yield

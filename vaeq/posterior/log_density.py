@@ -46,6 +46,8 @@ _EXTREME = 40.0
 # Logits in a tile, and rows in it: 2 MB, and many rows for each packing of the keys.
 _CPU_TILE, _CPU_ROWS = 1 << 19, 1 << 10
 _GPU_TILE, _GPU_ROWS = 1 << 24, 1 << 12
+# Tiles whose keys are made at once: one stays in cache, and a GPU would wait for the launches.
+_CPU_PACKED, _GPU_PACKED = 1, 1 << 10
 _BLOCK_BYTES = 1 << 26
 
 
@@ -236,8 +238,7 @@ def _tiled(stack: Sequence[_Operands], dtype: torch.dtype) -> torch.Tensor:
     rows, columns = _tile_shape(queries.shape[1], device, len(stack))
     size = len(stack) * queries.shape[2] * queries.element_size()
     block = max(columns, _BLOCK_BYTES // size // columns * columns)
-    # A tile at a time they stay in cache; a GPU would wait for the launches.
-    packed = columns if device.type == "cpu" else block
+    packed = columns * (_CPU_PACKED if device.type == "cpu" else _GPU_PACKED)
     total = torch.full(queries.shape[:2], -math.inf, dtype=torch.float64, device=device)
     for start in range(0, most, block):
         end = min(start + block, most)
