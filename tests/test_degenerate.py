@@ -329,7 +329,7 @@ def test_the_size_of_the_chunks_moves_nothing_by_more_than_1e_5_nats(
     monkeypatch.setattr(log_density, "_CPU_TILE", tile)
     monkeypatch.setattr(log_density, "_CPU_ROWS", 7)
     monkeypatch.setattr(log_density, "_BLOCK_BYTES", 1 << 14)
-    monkeypatch.setattr(bracket, "_TILE", tile)
+    monkeypatch.setattr(bracket, "_CPU_TILE", tile)
     parts = measured("bracket", *codes).estimates
     parts |= reverse_marginal_kl(AggregatedPosterior(*codes[:2]), 300, generator())
     for name, estimate in (whole | reverse).items():

@@ -86,6 +86,13 @@ def test_the_one_that_fails_in_a_stack_fails_alone() -> None:
     assert in_lockstep(member, [2, 0, 4]) == [0.5, "none", 0.25]
 
 
+def test_a_stack_that_loses_one_is_made_one_by_one() -> None:
+    def first(numbers: Sequence[int]) -> list[int]:
+        return [numbers[0]]
+
+    assert in_lockstep(lambda i: made(first, [i]), [1, 2, 3]) == [[1], [2], [3]]
+
+
 def test_one_that_ends_early_is_not_waited_for() -> None:
     squares = Squares()
 

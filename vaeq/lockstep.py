@@ -136,12 +136,13 @@ class _Question:
         items = [item for one in alike for item in one.items]
         try:
             found = iter(self.together(items, *self._settings))
+            answers = [[next(found) for _ in one.items] for one in alike]
         except Exception:
             for one in alike:
                 one.answer_alone()
         else:
-            for one in alike:
-                one.answer = [next(found) for _ in one.items]
+            for one, answer in zip(alike, answers, strict=True):
+                one.answer = answer
 
 
 class _Meeting:

@@ -159,8 +159,7 @@ def _two_samples(
     def normal(rows: int) -> torch.Tensor:
         return stacked([source.normal(rows) for source in sources])
 
-    found, null = (torch.empty(repeats, len(STATISTICS), len(sources)) for _ in range(2))
-    found, null = found.double(), null.double()
+    found, null = torch.empty(2, repeats, len(STATISTICS), len(sources), dtype=torch.float64)
     for i in range(repeats):
         directions = normalize(normal(N_DIRECTIONS), dim=2).mT
         codes = stacked([source.codes(n_samples) for source in sources])

@@ -558,7 +558,7 @@ def ais_check_together(
     """:func:`ais_check` of E models for the same images as one program, model by model.
 
     Args:
-        as for :func:`ais_log_likelihood_together` and :func:`ais_check`.
+        all: as for :func:`ais_log_likelihood_together` and :func:`ais_check`.
     """
     part = slice(min(n_images, len(images)))
     means, logvars = [mean[part] for mean in means], [logvar[part] for logvar in logvars]
