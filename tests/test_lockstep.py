@@ -105,13 +105,12 @@ def test_one_that_ends_early_is_not_waited_for() -> None:
 
 def test_an_error_is_raised_and_ends_those_that_wait() -> None:
     ended = []
-    waiting = threading.Event()
+    begun = threading.Barrier(3, timeout=60)
 
     def member(i: int) -> None:
+        begun.wait()  # one that has not begun is not begun any more
         if i == 0:
-            waiting.wait(60)
             raise KeyError("the first")
-        waiting.set()
         try:
             while True:
                 made(lambda items: list(items), [i])
