@@ -17,6 +17,7 @@ from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.functional import pad
 
 from vaeq.threads import in_threads, single_threads, without_gradients
 
@@ -85,6 +86,12 @@ def made(
     meeting, member = place
     found: list[T] = meeting.ask(member, _Question(together, items, settings, shape))
     return found
+
+
+def stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors (..., D_e), each followed by zeros up to the widest, (E, ..., D)."""
+    widest = max(part.shape[-1] for part in parts)
+    return torch.stack([pad(part, (0, widest - part.shape[-1])) for part in parts])
 
 
 def rejoin() -> None:

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 
 from vaeq.divergence.densities import GaussianMixture, features, full_rank, natural, normal
 from vaeq.errors import InputError
-from vaeq.lockstep import made
+from vaeq.lockstep import made, stacked
 
 # In each component's covariance: this many images' worth of 0.15 times the overall covariance.
 _PRIOR_IMAGES = 10.0
@@ -113,13 +112,9 @@ class _Codes:
 
     def __init__(self, sources: Sequence[_Source]) -> None:
         self._sources = sources
-        self._widest = max(source.dims for source in sources)
-        self._mean = self._stacked([source.mean for source in sources])
-        self._logvar = self._stacked([source.logvar for source in sources])
+        self._mean = stacked([source.mean for source in sources])
+        self._logvar = stacked([source.logvar for source in sources])
         self._fit = torch.arange(len(sources), device=self._mean.device)[:, None]
-
-    def _stacked(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([pad(part, (0, self._widest - part.shape[1])) for part in parts])
 
     def permutations(self) -> torch.Tensor:
         """The images of every fit in an order of its own, (E, n)."""
@@ -128,7 +123,7 @@ class _Codes:
 
     def draw(self, members: torch.Tensor) -> torch.Tensor:
         """One z of each of these images, (E, B) -> (E, B, d)."""
-        noise = self._stacked([source.noise(members.shape[1]) for source in self._sources])
+        noise = stacked([source.noise(members.shape[1]) for source in self._sources])
         own = self._fit, members
         return self._mean[own] + torch.exp(0.5 * self._logvar[own]) * noise
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
-from vaeq.lockstep import made
+from vaeq.lockstep import made, stacked
 from vaeq.posterior.aggregated import AggregatedPosterior
 
 N_SAMPLES = 2_000
@@ -151,10 +151,6 @@ def _two_samples(
     sources: Sequence[_Source], n_samples: int, repeats: int
 ) -> list[dict[str, Estimate]]:
     """:func:`two_sample` of several. Dimensions that one lacks are 0, and add to no distance."""
-    widest = max(source.dims for source in sources)
-
-    def stacked(samples: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([pad(sample, (0, widest - sample.shape[1])) for sample in samples])
 
     def normal(rows: int) -> torch.Tensor:
         return stacked([source.normal(rows) for source in sources])

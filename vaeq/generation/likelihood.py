@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vaeq.errors import InputError
 from vaeq.estimate import Estimate
+from vaeq.lockstep import stacked
 
 _LOG_2PI = math.log(2 * math.pi)
 # Pixels decoded at a time: 8 MiB of logits stay near the caches, and memory does not grow with K.
@@ -206,7 +206,7 @@ def _log_weights(
             m[:, None] + torch.exp(0.5 * s)[:, None] * e
             for (m, s), e in zip(own, noise, strict=True)
         ]
-        log_px = _log_px(decode, _padded(z, max(dims)), _unit(images[part]), rows, observation)
+        log_px = _log_px(decode, stacked(z), _unit(images[part]), rows, observation)
         result: list[tuple[Tensor, Tensor | None]] = []
         for (_, s), e, codes, log_x, log_prior in zip(
             own, noise, z, log_px, log_priors, strict=True
@@ -252,11 +252,6 @@ def _decoded(decode: Decode, z: Tensor, x: Tensor, observation: Observation) -> 
     models, images, draws = z.shape[:3]
     logits = decode(z.flatten(1, 2)).view(models * images, draws, -1)
     return observation(logits, x.repeat(models, 1)).double().view(models, images, draws)
-
-
-def _padded(parts: Sequence[Tensor], dims: int) -> Tensor:
-    """Codes (..., D_e) of E models followed by zeros, (E, ..., dims)."""
-    return torch.stack([functional.pad(part, (0, dims - part.shape[-1])) for part in parts])
 
 
 def _unit(images: Tensor) -> Tensor:
@@ -409,7 +404,7 @@ class _Annealed:
     ) -> None:
         self._decode, self._observation = decode, observation
         self.dims = [mean.shape[1] for mean in means]
-        mean, logvar = (_padded(parts, max(self.dims)) for parts in (means, logvars))
+        mean, logvar = (stacked(parts) for parts in (means, logvars))
         self.mean, self.std = mean[:, :, None], torch.exp(0.5 * logvar)[:, :, None]
         self._log_det = 0.5 * logvar.double().sum(2)[..., None]
         self._x = x
@@ -460,7 +455,7 @@ class _Chains:
             torch.randn((*self._shape, dims), generator=g, device=g.device, dtype=like.dtype)
             for dims, g in zip(self._target.dims, self._generators, strict=True)
         ]
-        return _padded(noise, like.shape[3]).to(like.device)
+        return stacked(noise).to(like.device)
 
     def _uniform(self) -> Tensor:
         parts = [torch.rand(self._shape, generator=g, device=g.device) for g in self._generators]
