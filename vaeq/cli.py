@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vaeq import __version__
 from vaeq.errors import InputError, VaeqError, one_line
 from vaeq.interrupts import handle_between
+from vaeq.loading import loading
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -179,12 +180,13 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _run_hydra(command: str, arguments: list[str]) -> None:
     """Compose the config of a command with Hydra and run its task."""
-    import hydra
-    from hydra._internal.utils import get_args_parser
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    with loading():
+        import hydra
+        from hydra._internal.utils import get_args_parser
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
 
-    from vaeq import compose
+        from vaeq import compose
 
     arguments = [compose.literal(command, argument) for argument in arguments]
     overrides = get_args_parser().parse_args(arguments).overrides
@@ -260,7 +262,8 @@ def _train(cfg: DictConfig) -> None:
         if complete_record(directory, config) is not None:
             screen.update(Event("skipped", name, message=f"finished before, in {directory}"))
             return
-        from vaeq.experiment import run
+        with loading():
+            from vaeq.experiment import run
 
         try:
             run(config, screen.update, config.threads or available_cores())
@@ -291,7 +294,9 @@ def _report(cfg: DictConfig) -> None:
 
     from vaeq.compose import typed
     from vaeq.config import ReportConfig
-    from vaeq.report import expand, newest_experiment, write_report
+
+    with loading():
+        from vaeq.report import expand, newest_experiment, write_report
 
     config = typed(cfg, ReportConfig)
 
@@ -322,10 +327,11 @@ def _measure(cfg: DictConfig) -> None:
     config = typed(cfg, CodesConfig)
     assert config.codes is not None
     find_arrays(config.codes)  # what is not there is said at once
-    import torch
+    with loading():
+        import torch
 
-    from vaeq.measurement import measure_file
-    from vaeq.posterior.codes import CodesWarning
+        from vaeq.measurement import measure_file
+        from vaeq.posterior.codes import CodesWarning
 
     torch.set_num_threads(config.threads or available_cores())
     with warnings.catch_warnings(record=True) as caught:
@@ -351,7 +357,8 @@ def _sample(cfg: DictConfig) -> None:
     from vaeq.config import SampleConfig
 
     config = typed(cfg, SampleConfig)
-    from vaeq.generation.sample import sample
+    with loading():
+        from vaeq.generation.sample import sample
 
     for path in sample(config):
         print(f"written to {path}")  # noqa: T201

@@ -162,7 +162,10 @@ class EnsembleLauncher(SweepLauncher):
     def execute(self, todo: list[RunConfig], result: SweepResult, console: Console) -> None:
         from vaeq.config import run_name
         from vaeq.errors import Taken
-        from vaeq.experiment import prepare, run_ensemble
+        from vaeq.loading import loading
+
+        with loading():
+            from vaeq.experiment import prepare, run_ensemble
         from vaeq.launch.pool import available_cores
         from vaeq.launch.progress import Event, display
         from vaeq.launch.sweep import ensembles, require_folders

@@ -89,7 +89,7 @@ class Pool:
         # Before the server starts: its children inherit it, and OpenMP reads it but once.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["vaeq.experiment", "scipy.special"])
+        self.context.set_forkserver_preload(["vaeq.launch.preloaded"])
         self.workers: list[_Worker] = []
         # Runs that another process is at: they come last, when there is nothing but to wait.
         self.taken: list[RunConfig] = []
