@@ -13,7 +13,7 @@ import pytest
 from torchvision import datasets as published
 
 from vaeq.data.datasets import read_image_set
-from vaeq.data.images import MNIST_FILES
+from vaeq.data.mnist import MNIST_FILES
 from vaeq.errors import InputError
 
 GREY = np.random.default_rng(0).integers(0, 256, (12, 5, 7), dtype=np.uint8)

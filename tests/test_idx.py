@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import vaeq
 from tests.soak import times
-from vaeq.data.images import MNIST_FILES
+from vaeq.data.mnist import MNIST_FILES
 from vaeq.errors import InputError
 from vaeq.files.idx import read_idx
 

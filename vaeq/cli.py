@@ -250,6 +250,7 @@ def _train(cfg: DictConfig) -> None:
 
     from vaeq.compose import typed
     from vaeq.config import RunConfig, identified, run_name
+    from vaeq.data.mnist import read_ahead
     from vaeq.launch.pool import available_cores
     from vaeq.launch.progress import Event, display
     from vaeq.runs.record import complete_record, run_directory
@@ -262,6 +263,8 @@ def _train(cfg: DictConfig) -> None:
         if complete_record(directory, config) is not None:
             screen.update(Event("skipped", name, message=f"finished before, in {directory}"))
             return
+        if config.data.name == "mnist":
+            read_ahead(config.data.root)
         with loading():
             from vaeq.experiment import run
 

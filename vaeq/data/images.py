@@ -1,35 +1,22 @@
 """Images as one uint8 tensor on the device: no loader, no workers, one gather a batch.
 
-MNIST (LeCun, Cortes and Burges, 1998) ships inside the package as its four original IDX files; the
-MD5 of the uncompressed bytes is checked at every load. Others are read by ``vaeq.data.datasets``,
-or drawn by ``vaeq.data.synthetic``.
+MNIST is read by ``vaeq.data.mnist``, others by ``vaeq.data.datasets``, or drawn by
+``vaeq.data.synthetic``.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
 from dataclasses import dataclass, replace
-from importlib import resources
-from importlib.resources.abc import Traversable
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vaeq.data.datasets import read_image_set
+from vaeq.data.mnist import MNIST_FILES, read_mnist
 from vaeq.data.synthetic import draw_images
 from vaeq.errors import InputError
 
-# file → (MD5 of the uncompressed bytes, shape), of the original distribution.
-MNIST_FILES = {
-    "train-images-idx3-ubyte": ("6bbc9ace898e44ae57da46a324031adb", (60_000, 28, 28)),
-    "train-labels-idx1-ubyte": ("a25bea736e30d166cdddb491f175f624", (60_000,)),
-    "t10k-images-idx3-ubyte": ("2646ac647ad5339dbf082846283269ea", (10_000, 28, 28)),
-    "t10k-labels-idx1-ubyte": ("27ae3e4e09519cfbb04c329615203637", (10_000,)),
-}
 # The fixed draws of data.binarize=static, and of the images that are measured when it is dynamic.
 # They belong to the data, not to the run: two seeds of a run must see the same images.
 BINARIZE_SEED = 20_080_623
@@ -162,37 +149,17 @@ def load_images(
 
 
 def _read_mnist(root: str | None) -> Images:
-    folder: Traversable = resources.files("vaeq.mnist") if root is None else Path(root)
-    arrays: list[Tensor] = []
-    digest = hashlib.md5(usedforsecurity=False)
-    for name, (md5, shape) in MNIST_FILES.items():
-        content = _read_gzip(folder / f"{name}.gz", 16 + int(np.prod(shape)))
-        actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if actual != md5:
-            raise InputError(
-                f"{folder / name}.gz is not the original MNIST file: MD5 {actual} instead of "
-                f"{md5}; restore the file, or leave data.root unset to use the packaged one."
-            )
-        digest.update(md5.encode())
-        # The MD5 vouches for the header; an images file has 16 bytes of it, a labels file 8.
-        arrays.append(torch.from_numpy(np.frombuffer(content, np.uint8).copy()))
-        arrays[-1] = arrays[-1][4 + 4 * len(shape) :].view(shape)
+    arrays = [
+        torch.frombuffer(content, dtype=torch.uint8).view(shape)
+        for content, (_, shape) in zip(read_mnist(root), MNIST_FILES.values(), strict=True)
+    ]
     train, train_labels, test, test_labels = arrays
-    md5 = digest.hexdigest()
-    return Images("mnist", md5, train.flatten(1), train_labels, test.flatten(1), test_labels)
-
-
-def _read_gzip(path: Traversable, limit: int) -> bytes:
-    """The uncompressed bytes, at most ``limit`` + 1 of them: a larger file fails its MD5."""
-    try:
-        with path.open("rb") as raw, gzip.open(raw) as stream:
-            return stream.read(limit + 1)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist; put the four MNIST .gz files there, or leave data.root unset."
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}; restore the file.") from None
+    digest = hashlib.md5(usedforsecurity=False)
+    for md5, _ in MNIST_FILES.values():
+        digest.update(md5.encode())
+    return Images(
+        "mnist", digest.hexdigest(), train.flatten(1), train_labels, test.flatten(1), test_labels
+    )
 
 
 def _read_files(
