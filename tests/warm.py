@@ -20,6 +20,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from vaeq.loading import loading
+
 # Seconds that a command may take.
 _LONGEST = 300
 
@@ -58,11 +60,12 @@ class Warm:
 
 
 def _serve() -> None:
-    import torch  # noqa: F401
+    with loading():
+        import torch  # noqa: F401
 
-    import vaeq.compose
-    import vaeq.experiment
-    import vaeq.measurement  # noqa: F401
+        import vaeq.compose
+        import vaeq.experiment
+        import vaeq.measurement  # noqa: F401
 
     for line in sys.stdin:
         order = json.loads(line)
