@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -94,3 +95,10 @@ def test_what_goes_wrong_ahead_is_said_when_it_is_asked_for(tmp_path: Path) -> N
     assert len(read_mnist(None)) == 4
     with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz does not exist"):
         load_images(root=str(tmp_path))
+
+
+def test_threads_may_ask_for_the_same_files_at_once() -> None:
+    read_ahead(None)
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(read_mnist, [None] * 4)
+    assert others == [first] * 3

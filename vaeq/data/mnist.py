@@ -32,12 +32,8 @@ def read_ahead(root: str | None) -> None:
 
     Returns at once; what goes wrong is raised there. Neither zlib nor MD5 holds Python's lock.
     """
-    if root in _under_way:
-        return
-    folder: Traversable = resources.files("vaeq.mnist") if root is None else Path(root)
-    readers = ThreadPoolExecutor(2, thread_name_prefix="mnist")
-    _under_way[root] = [readers.submit(_read, folder, name) for name in MNIST_FILES]
-    readers.shutdown(wait=False)
+    if root not in _under_way:
+        _under_way[root] = _begin(root)
 
 
 def read_mnist(root: str | None) -> list[bytearray]:
@@ -49,8 +45,17 @@ def read_mnist(root: str | None) -> list[bytearray]:
     Raises:
         InputError: a file is missing or damaged, or is not the original one.
     """
-    read_ahead(root)
-    return [reading.result() for reading in _under_way.pop(root)]
+    # Of two threads that ask, one takes what was begun.
+    files = _under_way.pop(root, None) or _begin(root)
+    return [reading.result() for reading in files]
+
+
+def _begin(root: str | None) -> list[Future[bytearray]]:
+    folder: Traversable = resources.files("vaeq.mnist") if root is None else Path(root)
+    readers = ThreadPoolExecutor(2, thread_name_prefix="mnist")
+    files = [readers.submit(_read, folder, name) for name in MNIST_FILES]
+    readers.shutdown(wait=False)
+    return files
 
 
 def _read(folder: Traversable, name: str) -> bytearray:
