@@ -364,18 +364,12 @@ main()
 
 def bench_startup() -> list[dict[str, Any]]:
     """What a person waits for before anything happens."""
-    torch_alone, help_, report, first = (
-        "import torch, the floor",
-        "vaeq --help",
-        "vaeq report, of nothing",
-        "vaeq train, first step",
-    )
-    program = [sys.executable, "-m", "vaeq"]
+    torch_alone, first_step = "import torch, the floor", "vaeq train, first step"
     commands = {
         torch_alone: [sys.executable, "-c", "import time, torch; print(time.time())"],
-        help_: [*program, "--help"],
-        report: [*program, "report", "runs=nothing"],
-        first: [sys.executable, "-c", _TO_FIRST_STEP],
+        "vaeq --help": [sys.executable, "-m", "vaeq", "--help"],
+        "vaeq report, of nothing": [sys.executable, "-m", "vaeq", "report", "runs=nothing"],
+        first_step: [sys.executable, "-c", _TO_FIRST_STEP],
     }
     say(f"starting up, seconds (min / median / max of {REPEATS})")
     # As for whoever uses the program, whose first command leaves the bytecode of its modules.
@@ -389,7 +383,7 @@ def bench_startup() -> list[dict[str, Any]]:
                     command, capture_output=True, check=False, cwd=folder, env=env
                 )
                 ended = time.time()
-            if name in (torch_alone, first):  # which end before their processes
+            if name in (torch_alone, first_step):  # which end before their processes
                 ended = float(found.stdout.split()[-1])
             if turn > 0:
                 times[name].append(ended - began)
