@@ -7,6 +7,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
@@ -97,8 +99,25 @@ def test_what_goes_wrong_ahead_is_said_when_it_is_asked_for(tmp_path: Path) -> N
         load_images(root=str(tmp_path))
 
 
-def test_threads_may_ask_for_the_same_files_at_once() -> None:
-    read_ahead(None)
+def test_threads_may_ask_for_the_same_files_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Barrier(4)
+
+    class Begun(dict[str | None, Any]):
+        """All four have seen that the files are under way before one takes them."""
+
+        def pop(self, *arguments: Any) -> Any:
+            seen.wait()
+            return super().pop(*arguments)
+
+    monkeypatch.setattr(reader, "_under_way", Begun())
+
+    def ask(root: str) -> str:
+        with pytest.raises(InputError) as caught:
+            read_mnist(root)
+        return str(caught.value)
+
     with ThreadPoolExecutor(4) as pool:
-        first, *others = pool.map(read_mnist, [None] * 4)
-    assert others == [first] * 3
+        read_ahead(str(tmp_path))
+        assert len(set(pool.map(ask, [str(tmp_path)] * 4))) == 1
