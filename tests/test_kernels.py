@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import platform
 import shutil
@@ -43,10 +44,10 @@ def step(kernels: str) -> Operations:
     return operations(kernels)
 
 
-def compiled_step() -> Compiled:
+def compiled_step(precision: str = "fp32") -> Compiled:
     if resolve_kernels("auto", CPU) != "compiled":
         pytest.skip("nothing compiles C here")
-    step = operations("compiled")
+    step = operations("compiled", precision)
     assert isinstance(step, Compiled)
     return step
 
@@ -233,12 +234,18 @@ def assert_near(found: Tensor, exact: Tensor, terms: Tensor) -> None:
     assert bool(((found.double() - exact).abs() <= 1e-6 * terms + 1e-12).all())
 
 
-def check_the_products(step: Operations, batch: int, fan_in: int, fan_out: int) -> None:
+def check_the_products(
+    step: Operations, batch: int, fan_in: int, fan_out: int, precision: str = "fp32"
+) -> None:
+    def factor(tensor: Tensor) -> Tensor:
+        """As a product of this precision reads it."""
+        return (tensor.bfloat16() if precision == "bf16" else tensor).double()
+
     own, others_stayed = layer(2, fan_in, fan_out)
     h, grad = normal(2, batch, fan_in, seed=8), normal(2, batch, fan_out, seed=9)
-    weight, bias = own.weight.double(), own.bias.double()
-    sizes = h.abs().double() @ weight.mT.abs()
-    exact = 0.3 * h.double() @ weight.mT + bias
+    weight, bias = factor(own.weight), own.bias.double()
+    sizes = factor(h).abs() @ weight.mT.abs()
+    exact = 0.3 * factor(h) @ weight.mT + bias
     assert_near(step.linear(h, own, 0.3), exact, 0.3 * sizes + bias.abs())
     before, after = step.hidden("relu", h, own, 0.3)
     assert before is after
@@ -247,7 +254,7 @@ def check_the_products(step: Operations, batch: int, fan_in: int, fan_out: int) 
     assert_near(before, exact, 0.3 * sizes + bias.abs())
     assert torch.equal(after, before.tanh())
 
-    exact, sizes = 0.3 * grad.double() @ weight, 0.3 * grad.abs().double() @ weight.abs()
+    exact, sizes = 0.3 * factor(grad) @ weight, 0.3 * factor(grad).abs() @ weight.abs()
     assert_near(step.input_gradient(grad, own, 0.3), exact, sizes)
     below = normal(2, batch, fan_in, seed=10)
     everything, bias_grad = biases(2, fan_in)
@@ -261,8 +268,8 @@ def check_the_products(step: Operations, batch: int, fan_in: int, fan_out: int) 
     assert untouched(everything)
 
     step.weight_gradient(grad, h, own, 0.3)
-    exact = 0.3 * grad.mT.double() @ h.double()
-    assert_near(own.weight_grad, exact, 0.3 * grad.mT.abs().double() @ h.abs().double())
+    exact = 0.3 * factor(grad).mT @ factor(h)
+    assert_near(own.weight_grad, exact, 0.3 * factor(grad).mT.abs() @ factor(h).abs())
     assert others_stayed()
 
 
@@ -271,9 +278,16 @@ def test_the_products_of_a_layer(step: Operations, shape: tuple[int, int, int]) 
     check_the_products(step, *shape)
 
 
-@pytest.mark.parametrize("options", ["-mno-avx512f", "-mno-avx2"])
-def test_the_products_of_a_lesser_processor(monkeypatch: pytest.MonkeyPatch, options: str) -> None:
-    """Of a compiler that leaves instructions alone; the last leaves the products to torch."""
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_products_of_bf16(shape: tuple[int, int, int]) -> None:
+    """Of numbers that are rounded as torch rounds them, and no sum."""
+    step = compiled_step("bf16")
+    if step.dtype != torch.float32:
+        pytest.skip("torch makes them here")
+    check_the_products(step, *shape, precision="bf16")
+
+
+def compiled_with(options: str, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     if resolve_kernels("auto", CPU) != "compiled" or platform.machine() != "x86_64":
         pytest.skip("no compiler for such a processor here")
     monkeypatch.setenv("CC", f"cc {options}")
@@ -283,16 +297,71 @@ def test_the_products_of_a_lesser_processor(monkeypatch: pytest.MonkeyPatch, opt
     finally:
         compiler.compiled.cache_clear()
     assert functions is not None
-    step = Compiled(functions)
-    if options == "-mno-avx2":
-        assert not step.multiplies(torch.float32)
+    return functions
+
+
+@pytest.mark.parametrize("options", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx2"])
+def test_the_products_of_a_lesser_processor(monkeypatch: pytest.MonkeyPatch, options: str) -> None:
+    """Of a compiler that leaves instructions alone; the last leaves the products to torch."""
+    functions = compiled_with(options, monkeypatch)
+    step, low = Compiled(functions), Compiled(functions, "bf16")
     for shape in SHAPES:
         check_the_products(step, *shape)
+    if options == "-mno-avx2":
+        assert not step.multiplies(torch.float32)
+        assert low.dtype == torch.bfloat16
+    else:
+        for shape in SHAPES:
+            check_the_products(low, *shape, precision="bf16")
 
 
+def test_products_of_bf16_are_torchs_where_a_matrix_unit_makes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    low = Compiled(compiled_with("-D__AMX_BF16__", monkeypatch), "bf16")
+    assert low.dtype == torch.bfloat16
+    assert not low.multiplies(low.dtype)
+    own, _ = layer(2, 5, 7)
+    own = replace(own, weight=own.weight.bfloat16(), bias=own.bias.bfloat16())
+    h = normal(2, 3, 5).bfloat16()
+    assert torch.equal(low.linear(h, own), Operations("bf16").linear(h, own))
+
+
+def test_what_is_rounded_to_bf16_is_rounded_as_by_torch() -> None:
+    """Ties, the largest, and what is no number, whose bits a carry would make a zero of."""
+    step = compiled_step("bf16")
+    if step.dtype != torch.float32:
+        pytest.skip("torch makes the products here")
+    bits = [0x3F808000, 0x3F818000, 0x3F808001, 0xBF817FFF, 0x7F7FFFFF, 0x7F7F7FFF, 0x00800000]
+    bits += [0x00000000, 0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001]
+    values = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    own, _ = layer(1, 1, 1)
+    own.weight.fill_(1.0)
+    own.bias.fill_(0.0)
+    found = step.linear(values.view(1, -1, 1), own).flatten()
+    expected = values.bfloat16().float()
+    assert torch.equal(found.isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert torch.equal(found[kept], expected[kept])
+    # And as the right factor, and as either of a gradient's.
+    own, _ = layer(1, len(values), 1)
+    own.weight.copy_(values.view(1, 1, -1))
+    one = torch.ones(1, 1, 1)
+    found = step.input_gradient(one, own).flatten()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found[kept], expected[kept])
+    step.weight_gradient(one, values.view(1, 1, -1), own)
+    found = own.weight_grad.flatten()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found[kept], expected[kept])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_descent_is_adam_by_the_gradient(shape: tuple[int, int, int]) -> None:
-    step = compiled_step()
+def test_a_descent_is_adam_by_the_gradient(shape: tuple[int, int, int], precision: str) -> None:
+    step = compiled_step(precision)
+    if step.dtype != torch.float32:
+        pytest.skip("torch makes the gradient here")
     batch, fan_in, fan_out = shape
     (one, stayed), (other, _) = layer(3, fan_in, fan_out), layer(3, fan_in, fan_out)
     stretches = [Stretch(slice(0, 2), 4, 1e-3, 1e-3), Stretch(slice(2, 3), 9, 1e-2, 1e-2)]
@@ -327,9 +396,12 @@ def test_a_rectifier_passes_on_what_is_no_number(step: Operations) -> None:
     assert math.isnan(step.hidden("relu", torch.ones(1, 1, 3), own)[1])
 
 
-def test_the_bits_of_what_is_compiled_hang_on_no_thread() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_bits_of_what_is_compiled_hang_on_no_thread(precision: str) -> None:
     def all_of_it() -> list[Tensor]:
-        step = compiled_step()
+        step = compiled_step(precision)
+        if step.dtype != torch.float32:
+            pytest.skip("torch makes the products here")
         totals = torch.zeros(2, 2, dtype=torch.float64)
         wide, narrow, hidden = (torch.zeros(2, 1, n) for n in (784, 6, 300))
         images = torch.randint(

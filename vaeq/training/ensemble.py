@@ -24,7 +24,7 @@ from torch import Tensor
 from vaeq.models.conv import ConvVAE
 from vaeq.models.mlp import VAE
 from vaeq.training.kernels import Compiled, operations
-from vaeq.training.operations import PIXEL, Linear, Stretch
+from vaeq.training.operations import PIXEL, Linear, Operations, Stretch
 
 # What a product is computed in. Weights, moments, sums and every measure are float32 or better.
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -59,7 +59,8 @@ class Ensemble:
         kernels: str = "torch",
     ) -> None:
         first = vaes[0]
-        self._kernels = operations(kernels)
+        self._kernels = operations(kernels, precision)
+        self._exact_kernels = operations(kernels)
         self.latent_dims = [vae.latent_dim for vae in vaes]
         self.widest = max(self.latent_dims)
         self.device = next(first.parameters()).device
@@ -84,8 +85,8 @@ class Ensemble:
             self._put(self._weights[i], dict(vae.named_parameters()), vae.latent_dim)
             self._put(self._exp_avg[i], own.exp_avg, vae.latent_dim)
             self._put(self._exp_avg_sq[i], own.exp_avg_sq, vae.latent_dim)
-        # The copy the products read: made once a step, where autocast makes one a call.
-        self._low = self._weights.bfloat16() if precision == "bf16" else self._weights
+        # What the products read; a copy is made once a step, where autocast makes one a call.
+        self._low = self._weights.to(self._kernels.dtype)
         self._encoder, self._decoder = (self._layers(self._low, net) for net in _networks(first))
         self._exact = [self._layers(self._weights, net) for net in _networks(first)]
         self.totals = torch.zeros(2, len(vaes), dtype=torch.float64, device=self.device)
@@ -228,10 +229,10 @@ class Ensemble:
         """
         kernels, share = self._kernels, 1 / x.shape[1]
         low = self._low.dtype
-        encoded, head = self._forward(self._encoder, x.to(low), PIXEL)
+        encoded, head = self._forward(kernels, self._encoder, x.to(low), PIXEL)
         head = head.float()
         z, deviation = kernels.code(head, noise, self._kl_total)
-        decoded, logits = self._forward(self._decoder, z.to(low))
+        decoded, logits = self._forward(kernels, self._decoder, z.to(low))
         grad = kernels.likelihood(
             logits.float(), x, self._log_px_total, self._decoder[-1].bias_grad, share
         )
@@ -243,7 +244,7 @@ class Ensemble:
         self._backward(self._encoder, encoded, grad.to(low), receive, unit=PIXEL, to_input=False)
 
     def _forward(
-        self, layers: Sequence[Linear], h: Tensor, unit: float = 1
+        self, kernels: Operations, layers: Sequence[Linear], h: Tensor, unit: float = 1
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Input of every layer, before and after the activation, and the last output.
 
@@ -252,9 +253,9 @@ class Ensemble:
         """
         seen = [(h, h)]
         for layer in layers[:-1]:
-            seen.append(self._kernels.hidden(self._activation, seen[-1][1], layer, unit))
+            seen.append(kernels.hidden(self._activation, seen[-1][1], layer, unit))
             unit = 1
-        return seen, self._kernels.linear(seen[-1][1], layers[-1], unit)
+        return seen, kernels.linear(seen[-1][1], layers[-1], unit)
 
     def _backward(
         self,
@@ -291,12 +292,13 @@ class Ensemble:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logvar, (E, B, widest) float32, of images (E or 1, B, pixels) in [0, 1]."""
         x = x.expand(len(self), -1, -1)
-        mean, logvar = self._forward(self._exact[0], x)[1].chunk(2, dim=2)
+        head = self._forward(self._exact_kernels, self._exact[0], x)[1]
+        mean, logvar = head.chunk(2, dim=2)
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:
         """Logits (E, B, pixels) in float32 of codes (E, B, widest), differentiable by torch."""
-        return self._forward(self._exact[1], z)[1]
+        return self._forward(self._exact_kernels, self._exact[1], z)[1]
 
     def changing(self) -> list[Tensor]:
         """Everything a step writes to that outlasts it."""

@@ -41,13 +41,13 @@ def resolve_kernels(name: str, device: torch.device) -> str:
     raise InputError(f"kernels={name} cannot be had: {why}; use kernels=auto or kernels=torch.")
 
 
-def operations(kernels: str) -> Operations:
-    """The implementation that :func:`resolve_kernels` named."""
+def operations(kernels: str, precision: str = "fp32") -> Operations:
+    """The implementation that :func:`resolve_kernels` named, with products in this precision."""
     if kernels == "torch":
-        return Operations()
+        return Operations(precision)
     functions = compiled(*_SOURCES)
     assert functions is not None
-    return Compiled(functions)
+    return Compiled(functions, precision)
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,27 @@ class Compiled(Operations):
 
     Args:
         functions: those files, compiled.
+        precision: as of :class:`Operations`; products of bf16 that are made here round what they
+            read, so that it stays float32.
     """
 
-    def __init__(self, functions: ctypes.CDLL) -> None:
+    def __init__(self, functions: ctypes.CDLL, precision: str = "fp32") -> None:
+        super().__init__(precision)
         address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         layer, threads = [size] * 4, ctypes.c_int
         room = [address, size, threads]
         descent = [*[address] * 5, *[number] * 3]
         arguments = {
             "linear": [
-                *layer, address, size, *[address] * 2, size, number, threads, address, *room
+                *layer, address, size, *[address] * 2, size, number, *[threads, address, threads],
+                *room,
             ],
             "input_gradient": [
-                *layer, *[address] * 2, size, number, *[address] * 2, size, address, *room
+                *layer, *[address] * 2, size, number, *[address] * 2, size, address, threads, *room
             ],
-            "weight_gradient": [*layer, *[address] * 2, size, number, address, *descent, *room],
+            "weight_gradient": [
+                *layer, *[address] * 2, size, number, address, *descent, threads, *room
+            ],
             "adam": [*[size] * 3, address, *descent, threads],
             "bernoulli": [
                 *[size] * 3, *[address] * 2, number, *[address] * 2, size, number, address, threads
@@ -87,6 +93,9 @@ class Compiled(Operations):
             "levels": [size, *[address] * 2, threads],
         }  # fmt: skip
         self._panel = ctypes.c_int64.in_dll(functions, "panel_width").value
+        self._bf16 = precision == "bf16"
+        if self._bf16 and ctypes.c_int64.in_dll(functions, "multiplies_bf16").value:
+            self.dtype = torch.float32
         self._rows = ctypes.c_int64.in_dll(functions, "rows").value
         self._functions = functions
         self._scratch_size = 0
@@ -96,7 +105,7 @@ class Compiled(Operations):
                 function.argtypes, function.restype = types, None
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether products of this type are made here: of float32, by a processor's vectors."""
+        """Whether products of what has this type are made here, by a processor's vectors."""
         return self._panel > 0 and dtype == torch.float32
 
     def _room(self, numbers: int) -> tuple[int, int, int]:
@@ -108,6 +117,10 @@ class Compiled(Operations):
             self._scratch = torch.empty(self._scratch_size)
             self._scratch_address = self._scratch.data_ptr()
         return self._scratch_address, room, threads
+
+    def _panel_and_rows(self, batch: int, depth: int) -> int:
+        """Numbers in a panel; of bf16 words in two panels and in the rows of a batch."""
+        return (depth + 1) * (batch + self._panel) if self._bf16 else depth * self._panel
 
     def levels(self, images: Tensor) -> Tensor:
         images = images.contiguous()
@@ -133,7 +146,7 @@ class Compiled(Operations):
         if h.stride()[1:] != (fan_in, 1):
             h = h.contiguous()
         result = torch.empty(members, batch, fan_out)
-        room = self._room(fan_in * self._panel)
+        room = self._room(self._panel_and_rows(batch, fan_in))
         self._functions.linear(
             members,
             batch,
@@ -147,6 +160,7 @@ class Compiled(Operations):
             unit,
             rectify,
             result.data_ptr(),
+            self._bf16,
             *room,
         )
         return result
@@ -181,7 +195,7 @@ class Compiled(Operations):
         members, batch, fan_out = grad.shape
         fan_in = layer.weight.shape[2]
         result = torch.empty(members, batch, fan_in)
-        room = self._room(fan_out * self._panel)
+        room = self._room(self._panel_and_rows(batch, fan_out))
         self._functions.input_gradient(
             members,
             batch,
@@ -195,6 +209,7 @@ class Compiled(Operations):
             None if bias_grad is None else bias_grad.data_ptr(),
             0 if bias_grad is None else bias_grad.stride(0),
             result.data_ptr(),
+            self._bf16,
             *room,
         )
         return result
@@ -220,7 +235,7 @@ class Compiled(Operations):
         grad, h = grad.contiguous(), h.contiguous()
         members, batch, fan_out = grad.shape
         fan_in = h.shape[2]
-        room = self._room(batch * (fan_in + self._panel))
+        room = self._room((batch + 1) * (fan_in + self._panel))
         self._functions.weight_gradient(
             members,
             batch,
@@ -239,6 +254,7 @@ class Compiled(Operations):
             _SHARE1,
             _SHARE2,
             EPS,
+            self._bf16,
             *room,
         )
 

@@ -61,9 +61,15 @@ class Stretch:
 class Operations:
     """E members side by side, B images, D latent dimensions; by operations of torch.
 
-    Weights, activations and their gradients are in the type of the products; all else is float32,
-    but for the two sums, (E,) float64, which are added to. Gradients of biases are overwritten.
+    Weights, activations and their gradients are of ``dtype``; all else is float32, but for the two
+    sums, (E,) float64, which are added to. Gradients of biases are overwritten.
+
+    Args:
+        precision: of the products, one of ``ensemble.PRECISIONS``.
     """
+
+    def __init__(self, precision: str = "fp32") -> None:
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def levels(self, images: Tensor) -> Tensor:
         """Grey levels (E, B, pixels), uint8, as float32."""
