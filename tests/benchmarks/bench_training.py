@@ -135,7 +135,7 @@ def bench_epoch() -> list[dict[str, Any]]:
                 ),
             }
             for precision, by in dict.fromkeys(
-                (("fp32", "torch"), ("fp32", kernels), (best, kernels))
+                (("fp32", "torch"), ("fp32", kernels), (best, "torch"), (best, kernels))
             ):
                 state = build(config, images)
                 ensemble = Ensemble([state.vae], [state.moments], [1e-3], precision, by)
