@@ -30,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> str:
     """The precision of a config's ``precision`` on a device.
 
-    ``auto`` is bf16 where the processor multiplies it in hardware, which halves the time of a step
+    ``auto`` is bf16 where the processor multiplies it in hardware, which takes a third off a step
     and moves no result beyond the spread of seeds; else fp32.
 
     Raises:

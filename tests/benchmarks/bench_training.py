@@ -120,7 +120,7 @@ def bench_epoch() -> list[dict[str, Any]]:
     device, best, kernels = resolved()
     ours = images.to(device)
     say(f"seconds of a training epoch of {SOME_IMAGES} images, batch 128 (min / median / max of "
-        f"{REPEATS}, in turn); ratios are medians of the turns")  # fmt: skip
+        f"{REPEATS}, in turn), and how many times that of vaeq, turn by turn")  # fmt: skip
     rows = []
     everything = torch.get_num_threads()
     for threads in sorted({1, everything}):
@@ -157,12 +157,10 @@ def bench_epoch() -> list[dict[str, Any]]:
             say(f"{name}, {threads} thread{'s' if threads > 1 else ''}")
             own = f"vaeq {best} {kernels}"
             for label, taken in times.items():
-                ratio = statistics.median(
-                    other / mine for other, mine in zip(taken, times[own], strict=True)
-                )
+                over = summary([a / b for a, b in zip(taken, times[own], strict=True)])
                 rows.append({"model": name, "threads": threads, "loop": label,
-                             "seconds": summary(taken), "over_vaeq": ratio})  # fmt: skip
-                say(f"  {label:<18} {three(summary(taken)):>22}   {ratio:6.2f} x {own}")
+                             "seconds": summary(taken), "over_vaeq": over})  # fmt: skip
+                say(f"  {label:<18} {three(summary(taken)):>22} {three(over):>22} x {own}")
     torch.set_num_threads(everything)
     say("the textbook's without its test pass\n")
     return rows
