@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import sys
@@ -11,9 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-# Before torch loads OpenMP, as the program itself does.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 
