@@ -55,6 +55,7 @@ FAST_SETTINGS = {
     "initialization": "mean_image",
 }
 FAST = replace(TEXTBOOK, **FAST_SETTINGS)
+FINDING = ("epochs=20",)
 DEEP = RunConfig(latent_dim=8)
 SHAPES: dict[str, tuple[RunConfig, list[int]]] = {
     "784-400-20": (TEXTBOOK, [400]),
@@ -212,24 +213,63 @@ def bench_sweep() -> list[dict[str, Any]]:
 
 def sweep_seconds(workers: int, runs: int, *, epochs: int, n_train: int, width: int = 500) -> float:
     """Seconds of the whole command, in a folder of its own."""
-    command = [
-        sys.executable, "-m", "vaeq", "sweep", f"seed=range({runs})", f"n_jobs={workers}",
-        "latent_dim=8", f"encoder_width={width}", f"decoder_width={width}", f"epochs={epochs}",
-        "device=cpu", f"data.n_train={n_train}", f"data.n_test={min(n_train, 2000)}",
+    words = [
+        "sweep", f"seed=range({runs})", f"n_jobs={workers}", "latent_dim=8",
+        f"encoder_width={width}", f"decoder_width={width}", f"epochs={epochs}", "device=cpu",
+        f"data.n_train={n_train}", f"data.n_test={min(n_train, 2000)}",
         "generation.n_importance=null", "generation.quality=false",
         "measure.panel=decomposition", "measure.n_samples=100",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        subprocess.run(command, capture_output=True, check=True, cwd=folder, env=users())
-        taken = time.perf_counter() - began
-        assert len(list(Path(folder).glob("outputs/default/*/record.json"))) == runs
+        taken = command_seconds(words, folder)
+        assert finished_runs(folder) == runs
     return taken
+
+
+def command_seconds(words: Sequence[str], folder: str) -> float:
+    """Seconds of ``vaeq`` with these words, typed in a folder."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "vaeq", *words]
+    subprocess.run(command, capture_output=True, check=True, cwd=folder, env=users())
+    return time.perf_counter() - began
+
+
+def finished_runs(folder: str) -> int:
+    return len(list(Path(folder).glob("outputs/*/*/record.json")))
 
 
 def users() -> dict[str, str]:
     """The environment of whoever uses the program, whose first command leaves its bytecode."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+def bench_finding() -> list[dict[str, Any]]:
+    """A run's epochs a second, and the finding sweep as one program, against its runs alone."""
+    device, precision, kernels = resolved()
+    images = load_images().to(device)
+    say(f"epochs a second of 784-500-500-8 on all of MNIST, held-out ELBO included: {device.type}, "
+        f"{precision}, kernels {kernels}")  # fmt: skip
+    rates = []
+    for seed in range(REPEATS):
+        config = replace(DEEP, seed=seed, epochs=20)
+        ends: list[float] = []
+        fit(
+            build(config, images), images, recipe(config), precision=precision, kernels=kernels,
+            on_epoch=lambda state, ends=ends: ends.append(time.perf_counter()),
+        )  # fmt: skip
+        rates.append((len(ends) - 1) / (ends[-1] - ends[0]))  # in the first, graphs are captured
+    say(f"  {three(summary(rates))} (min / median / max of {REPEATS})")
+    rows: list[dict[str, Any]] = [{"epochs_a_second": summary(rates)}]
+    sweep = ["sweep", "experiment=finding", *FINDING, "hydra/launcher=ensemble"]
+    one = ["train", "latent_dim=8", "measure.panel=full", "generation.ais_images=25", *FINDING]
+    say(f"vaeq {' '.join(sweep)}, and its runs one after another: vaeq {' '.join(one)}")
+    together, alone = [], []
+    for _ in range(REPEATS if device.type == "cuda" else 1):
+        with tempfile.TemporaryDirectory() as folder:
+            together.append(command_seconds(sweep, folder))
+            runs = finished_runs(folder)  # and the classifier of digits lies there
+            alone.append(runs * command_seconds(one, folder))
+    return [*rows, {"runs": runs, **compared(f"{runs} runs", together, alone)}]
 
 
 def bench_ensemble() -> list[dict[str, Any]]:
@@ -445,10 +485,12 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "target": bench_target,
     "sweep": bench_sweep,
     "ensemble": bench_ensemble,
+    "finding": bench_finding,
     "precision": bench_precision,
 }
-# Emulated, bf16 takes more than half an hour, and the same roundings.
-LONG = () if resolved()[1] == "bf16" else ("precision",)
+# Emulated, bf16 takes long, for the same roundings; the sweep on a CPU more than an hour.
+_SHORT = {"precision": resolved()[1] == "bf16", "finding": resolved()[0].type == "cuda"}
+LONG = [name for name, short in _SHORT.items() if not short]
 
 
 if __name__ == "__main__":
