@@ -1,8 +1,9 @@
 """The operations of a training step in C, for a CPU whose machine has a compiler.
 
-They agree with torch's to the rounding of float32. Of a network of some hundred units torch spends
-half a step beside the arithmetic of its products: a dozen operations for a likelihood, each a pass
-over memory, and gradients that are written for Adam to read.
+They agree with torch's to the rounding of float32; products of bf16 round what they read as torch's
+do, but nothing that they give. Of a network of some hundred units torch spends half a step beside
+the arithmetic of its products: a dozen operations for a likelihood, each a pass over memory, and
+gradients that are written for Adam to read.
 """
 
 from __future__ import annotations
