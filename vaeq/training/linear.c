@@ -96,19 +96,20 @@ static inline uint32_t rounded(float x) {
 
 static inline int64_t half(int64_t depth) { return (depth + 1) / 2; }
 
+static inline void put_word(float *place, float first, float second) {
+  uint32_t word = rounded(first) | rounded(second) << 16;
+  memcpy(place, &word, sizeof word);
+}
+
 /* Rows (height, depth) of b as words (height, half(depth)), a last odd one with 0. */
 static void round_rows(int64_t height, int64_t depth, const float *b, float *out) {
   for (int64_t i = 0; i < height; i++) {
     const float *row = b + i * depth;
     float *place = out + i * half(depth);
-    for (int64_t k = 0; k < depth / 2; k++) {
-      uint32_t word = rounded(row[2 * k]) | rounded(row[2 * k + 1]) << 16;
-      memcpy(place + k, &word, sizeof word);
-    }
-    if (depth % 2) {
-      uint32_t word = rounded(row[depth - 1]);
-      memcpy(place + depth / 2, &word, sizeof word);
-    }
+    for (int64_t k = 0; k < depth / 2; k++)
+      put_word(place + k, row[2 * k], row[2 * k + 1]);
+    if (depth % 2)
+      put_word(place + depth / 2, row[depth - 1], 0);
   }
 }
 
@@ -183,9 +184,9 @@ static __attribute__((noinline)) void tile(int64_t height, int64_t depth, const 
     product_of_height(height, depth, a, down, along, panel, wide, out, 0);
 }
 
-/* A panel (depth, width) of b, whose rows lie `stride` apart, up to whole vectors with 0. */
-static void pack(int64_t depth, int64_t width, const float *b, int64_t stride, float *panel) {
-  int64_t full = vectors(width) * LANES;
+/* A panel (depth, full) of b (depth, width), whose rows lie `stride` apart, filled up with 0. */
+static void pack(int64_t depth, int64_t width, const float *b, int64_t stride, int64_t full,
+                 float *panel) {
   if (width == PANEL) /* which the compiler knows, and calls nothing for */
     for (int64_t k = 0; k < depth; k++)
       memcpy(panel + k * PANEL, b + k * stride, PANEL * sizeof *panel);
@@ -195,17 +196,15 @@ static void pack(int64_t depth, int64_t width, const float *b, int64_t stride, f
         panel[k * full + j] = j < width ? b[k * stride + j] : 0;
 }
 
-/* The same in words, (half(depth), width). */
-static void pack_words(int64_t depth, int64_t width, const float *b, int64_t stride, float *panel) {
-  int64_t full = vectors(width) * LANES;
+/* The same in words, (half(depth), full). */
+static void pack_words(int64_t depth, int64_t width, const float *b, int64_t stride, int64_t full,
+                       float *panel) {
   static const float nothing[PANEL];
   for (int64_t k = 0; k < depth; k += 2) {
     const float *row = b + k * stride, *next = k + 1 < depth ? row + stride : nothing;
     float *place = panel + k / 2 * full;
-    for (int64_t j = 0; j < width; j++) {
-      uint32_t word = rounded(row[j]) | rounded(next[j]) << 16;
-      memcpy(place + j, &word, sizeof word);
-    }
+    for (int64_t j = 0; j < width; j++)
+      put_word(place + j, row[j], next[j]);
     memset(place + width, 0, (full - width) * sizeof *place);
   }
 }
@@ -303,7 +302,7 @@ void input_gradient(int64_t members, int64_t batch, int64_t out, int64_t in, con
         int64_t width = smaller(PANEL, end - j);
         int wide = vectors(width);
         float column[PANEL] = {0};
-        (bf16 ? pack_words : pack)(out, width, weights + e * stride + j, in, panel);
+        (bf16 ? pack_words : pack)(out, width, weights + e * stride + j, in, wide * LANES, panel);
         for (int64_t i = 0; i < batch; i += TALL) {
           int64_t height = smaller(TALL, batch - i);
           tile(height, deep, left + i * deep, deep, 1, panel, wide, sums, bf16);
@@ -341,21 +340,14 @@ void weight_gradient(int64_t members, int64_t batch, int64_t out, int64_t in, co
     float *columns = panels + deep * vectors(in) * LANES; /* (deep, TALL), of grad */
     int64_t first = part(out, TALL, me, threads), end = part(out, TALL, me + 1, threads);
     for (int64_t e = 0; e < members; e++) {
-      for (int64_t j = 0; j < in; j += PANEL)
-        (bf16 ? pack_words : pack)(batch, smaller(PANEL, in - j), h + e * batch * in + j, in,
-                                   panels + j * deep);
+      for (int64_t j = 0; j < in; j += PANEL) {
+        int64_t width = smaller(PANEL, in - j);
+        (bf16 ? pack_words : pack)(batch, width, h + e * batch * in + j, in,
+                                   vectors(width) * LANES, panels + j * deep);
+      }
       for (int64_t i = first; i < end; i += TALL) {
         int64_t height = smaller(TALL, end - i);
-        const float *above = grad + e * batch * out + i;
-        for (int64_t k = 0; k < batch && !bf16; k++)
-          for (int64_t r = 0; r < height; r++)
-            columns[k * TALL + r] = above[k * out + r];
-        for (int64_t k = 0; k < batch && bf16; k += 2)
-          for (int64_t r = 0; r < height; r++) {
-            uint32_t next = k + 1 < batch ? rounded(above[(k + 1) * out + r]) : 0;
-            uint32_t word = rounded(above[k * out + r]) | next << 16;
-            memcpy(columns + k / 2 * TALL + r, &word, sizeof word);
-          }
+        (bf16 ? pack_words : pack)(batch, height, grad + e * batch * out + i, out, TALL, columns);
         for (int64_t j = 0; j < in; j += PANEL) {
           int64_t width = smaller(PANEL, in - j), start = e * stride + i * in + j;
           int wide = vectors(width);
