@@ -71,27 +71,27 @@ class Compiled(Operations):
     def __init__(self, functions: ctypes.CDLL, precision: str = "fp32") -> None:
         super().__init__(precision)
         address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-        layer, threads = [size] * 4, ctypes.c_int
-        room = [address, size, threads]
+        layer, integer = [size] * 4, ctypes.c_int
+        room = [address, size, integer]
         descent = [*[address] * 5, *[number] * 3]
         arguments = {
             "linear": [
-                *layer, address, size, *[address] * 2, size, number, *[threads, address, threads],
+                *layer, address, size, *[address] * 2, size, number, *[integer, address, integer],
                 *room,
             ],
             "input_gradient": [
-                *layer, *[address] * 2, size, number, *[address] * 2, size, address, threads, *room
+                *layer, *[address] * 2, size, number, *[address] * 2, size, address, integer, *room
             ],
             "weight_gradient": [
-                *layer, *[address] * 2, size, number, address, *descent, threads, *room
+                *layer, *[address] * 2, size, number, address, *descent, integer, *room
             ],
-            "adam": [*[size] * 3, address, *descent, threads],
+            "adam": [*[size] * 3, address, *descent, integer],
             "bernoulli": [
-                *[size] * 3, *[address] * 2, number, *[address] * 2, size, number, address, threads
+                *[size] * 3, *[address] * 2, number, *[address] * 2, size, number, address, integer
             ],
-            "latent": [*[size] * 3, *[address] * 5, threads],
-            "latent_gradient": [*[size] * 3, *[address] * 4, number, address, size, threads],
-            "levels": [size, *[address] * 2, threads],
+            "latent": [*[size] * 3, *[address] * 5, integer],
+            "latent_gradient": [*[size] * 3, *[address] * 4, number, address, size, integer],
+            "levels": [size, *[address] * 2, integer],
         }  # fmt: skip
         self._panel = ctypes.c_int64.in_dll(functions, "panel_width").value
         self._bf16 = precision == "bf16"
